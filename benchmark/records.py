@@ -1,0 +1,190 @@
+"""Run records: what was run, what came out, and what a stranger needs to check it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from shiftproof.benchmark.errors import InputError
+
+SCHEMA_VERSION = "1.0.0"
+PROTOCOL_VERSION = 1  # raised whenever the harness changes a result; tests/benchmark/test_protocol.py guards it
+
+
+@dataclass(frozen=True)
+class RunRequest:
+    """One cell of a matrix, by name.
+
+    Attributes:
+        strategy: Name without preset.
+        preset: Name of the preset, or "".
+        config: Strategy knobs to set on top of the preset, as "key=value" split into pairs.
+        knobs: Stream knobs.
+        recipe: Recipe fields.
+        recipe_name: Set by suites that come with a recipe of their own; such rows are ranked among themselves.
+        custom: True where the user changed stream or recipe by hand; never ranked with standard rows.
+    """
+
+    strategy: str
+    stream: str
+    seed: int
+    fold: str = "all"
+    preset: str = ""
+    config: tuple[tuple[str, str], ...] = ()
+    knobs: tuple[tuple[str, str], ...] = ()
+    recipe: tuple[tuple[str, str], ...] = ()
+    recipe_name: str = ""
+    custom: bool = False
+
+    @property
+    def label(self) -> str:
+        """What a person calls it: strategy@preset."""
+        return f"{self.strategy}@{self.preset}" if self.preset else self.strategy
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """One cell's record, one JSON file named by `run_id`. The blocks are documented in leaderboards/schema.json.
+
+    Attributes:
+        identity: What the run id is the hash of.
+        results: Integer counts; None where the cell failed.
+        error: Type, message and place of the failure; None where it finished.
+    """
+
+    run_id: str
+    status: Literal["finished", "failed"]
+    identity: dict[str, Any]
+    label: str
+    plugin: dict[str, Any]
+    protocol: dict[str, Any]
+    data: dict[str, Any]
+    results: dict[str, Any] | None
+    results_sha256: str | None
+    metrics: dict[str, Any]
+    logs: list[dict[str, float | None]]
+    provenance: dict[str, Any]
+    cost: dict[str, Any]
+    error: dict[str, str] | None = None
+    submission: dict[str, Any] = field(default_factory=dict)
+    verification: dict[str, Any] = field(default_factory=dict)
+    schema_version: str = SCHEMA_VERSION
+    kind: Literal["run"] = "run"
+
+    def to_json(self) -> str:
+        """The file's text: sorted keys, no NaN."""
+        return json.dumps(asdict(self), indent=1, sort_keys=True, allow_nan=False) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str, where: str) -> RunRecord:
+        """Read a record back; only its outer shape is looked at here, `leaderboard check` looks at the rest.
+
+        Raises:
+            InputError: If the text is cut short, is no record, or was written by a newer shiftproof.
+        """
+        content = parse_json(text, where)
+        check_version(content, where)
+        expected = set(cls.__dataclass_fields__)
+        if content.get("kind") != "run" or set(content) != expected:
+            odd = sorted(set(content) ^ expected)
+            raise InputError(f"{where}: expected a run record; fields that are missing or unknown: {', '.join(odd) or 'kind'}")
+        return cls(**content)
+
+
+def parse_json(text: str, where: str) -> dict[str, Any]:
+    """A JSON object, or an error that says which file is damaged and where."""
+    try:
+        content = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise InputError(
+            f"{where}: expected a complete JSON file, got one that ends or breaks at line {error.lineno}; "
+            "restore it or delete it and run again"
+        ) from None
+    if not isinstance(content, dict):
+        raise InputError(f"{where}: expected a JSON object, got {type(content).__name__}")
+    return content
+
+
+def check_version(content: Mapping[str, Any], where: str) -> None:
+    """Refuse files of a newer major schema."""
+    version = str(content.get("schema_version", "none"))
+    if version.split(".")[0] != SCHEMA_VERSION.split(".")[0]:
+        raise InputError(f"{where}: expected schema {SCHEMA_VERSION}, got {version}; update shiftproof to read it")
+
+
+def canonical(value: Any) -> str:
+    """JSON with sorted keys and no spaces: what hashes are taken of."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+
+def sha256(value: Any) -> str:
+    """Hash of the canonical JSON of `value`."""
+    return hashlib.sha256(canonical(value).encode()).hexdigest()
+
+
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Write a whole file or none: a reader never sees half of it, a full disk leaves nothing behind.
+
+    Raises:
+        InputError: If the folder cannot be written or the disk is full.
+    """
+    data = content.encode() if isinstance(content, str) else content
+    temporary = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except OSError as error:
+        if temporary is not None and os.path.exists(temporary):
+            os.unlink(temporary)
+        raise InputError(
+            f"expected to write {path.name} into {path.parent}, got: {error.strerror}; free space or choose another folder"
+        ) from error
+
+
+class RecordStore:
+    """The records of an output folder: `records/<run_id>.json`."""
+
+    def __init__(self, out: Path) -> None:
+        self.folder = out / "records"
+
+    def path(self, run_id: str) -> Path:
+        """Where the record of a cell lies."""
+        return self.folder / f"{run_id}.json"
+
+    def read(self, run_id: str) -> RunRecord | None:
+        """The record of a cell, None if there is none yet."""
+        path = self.path(run_id)
+        if not path.exists():
+            return None
+        return RunRecord.from_json(path.read_text(), path.name)
+
+    def write(self, record: RunRecord) -> None:
+        """Write a record atomically."""
+        write_atomically(self.path(record.run_id), record.to_json())
+
+    def all(self) -> list[RunRecord]:
+        """Every record, in the order of run ids."""
+        return read_records(self.folder)
+
+
+def read_records(folder: Path) -> list[RunRecord]:
+    """Every record directly in `folder`, in the order of file names; the file name must be the run id."""
+    records = []
+    for path in sorted(folder.glob("*.json")):
+        record = RunRecord.from_json(path.read_text(), path.name)
+        if record.run_id != path.stem:
+            raise InputError(f"{path.name}: expected the file to be named by its run id, got run id {record.run_id}")
+        records.append(record)
+    return records

@@ -1,0 +1,134 @@
+"""Streams of experiences, and builders for the usual scenarios."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from enum import StrEnum
+from functools import cached_property
+from typing import Literal
+
+import torch
+
+from shiftproof.benchmark.experiences import ArrayData, DataExperience, EvalSet, Experience, JointExperience
+from shiftproof.benchmark.recipes import BaseRecipe, Recipe
+
+Tier = Literal["digits", "full"]
+
+
+class Scenario(StrEnum):
+    """What the order of experiences means and what is known at test time."""
+
+    TASK_INCREMENTAL = "task-incremental"
+    CLASS_INCREMENTAL = "class-incremental"
+    OFFLINE = "offline"
+    LEAVE_ONE_DOMAIN_OUT = "leave-one-domain-out"
+    TRANSPORT = "transport"
+
+    @property
+    def ordered(self) -> bool:
+        """True where forgetting is defined."""
+        return self in (Scenario.TASK_INCREMENTAL, Scenario.CLASS_INCREMENTAL)
+
+
+@dataclass(frozen=True, eq=False)
+class Fold:
+    """What is learned in order, and what it is measured on."""
+
+    name: str
+    train: tuple[Experience, ...]
+    evals: tuple[EvalSet, ...]
+
+    def joint(self) -> JointExperience:
+        """The union of the data experiences, for strategies that see all tasks at once."""
+        parts = [experience for experience in self.train if isinstance(experience, DataExperience)]
+        data = ArrayData(torch.cat([part.train.x for part in parts]), torch.cat([part.train.y for part in parts]))
+        tasks = torch.cat([part.tasks(torch.arange(len(part.train))) for part in parts])
+        return JointExperience(0, "joint", parts[-1].task, data, tasks)
+
+
+@dataclass(frozen=True, eq=False)
+class Stream:
+    """A standard benchmark: data, base, recipe, and how it is measured.
+
+    Attributes:
+        heads: Classes of each task id; a head has one logit per class.
+        evaluate: "each" after every experience, or "last" where the order means nothing.
+        split_sha256: Hash of the frozen split; boards refuse to rank across it.
+    """
+
+    name: str
+    version: str
+    scenario: Scenario
+    folds: tuple[Fold, ...]
+    heads: Mapping[int, int]
+    base: BaseRecipe
+    recipe: Recipe
+    split_sha256: str
+    tier: Tier
+    source: str
+    licence: str
+    evaluate: Literal["each", "last"] = "each"
+    selection: str = "last epoch, no validation data"
+
+    def __post_init__(self) -> None:
+        names = [fold.name for fold in self.folds]
+        if not names or len(set(names)) != len(names):
+            raise ValueError(f"stream {self.name!r}: expected folds with different names, got {names}")
+
+    def fold(self, name: str) -> Fold:
+        """The fold of that name."""
+        for fold in self.folds:
+            if fold.name == name:
+                return fold
+        raise KeyError(name)
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        """Shape of one input."""
+        return tuple(self.unlabelled()[0].shape[1:])
+
+    def unlabelled(self) -> tuple[torch.Tensor, ...]:
+        """The training inputs of every experience in order, for self-supervised bases."""
+        return tuple(e.train.x for fold in self.folds for e in fold.train if isinstance(e, DataExperience))
+
+    @cached_property
+    def data_sha256(self) -> str:
+        """Hash over every training and evaluation array and over the groups."""
+        digest = hashlib.sha256()
+        for fold in self.folds:
+            for experience in fold.train:
+                if isinstance(experience, DataExperience):
+                    digest.update(f"{fold.name}/{experience.name}/{experience.train.sha256()}".encode())
+            for eval_set in fold.evals:
+                digest.update(eval_set.groups.numpy().data)
+                for task, data in eval_set.parts:
+                    digest.update(f"{eval_set.name}/{task}/{data.sha256()}".encode())
+        return digest.hexdigest()
+
+    @cached_property
+    def base_sha256(self) -> str:
+        """Identity of the base: its recipe, the inputs it may see, and the heads."""
+        digest = hashlib.sha256(json.dumps([asdict(self.base), sorted(self.heads.items())], sort_keys=True).encode())
+        if self.base.kind == "barlow-twins":
+            for x in self.unlabelled():
+                digest.update(x.contiguous().numpy().data)
+        return digest.hexdigest()
+
+    def counts(self) -> dict[str, dict[str, int]]:
+        """Samples of each training experience and eval set."""
+        train = {f"{f.name}/{e.name}": len(e.train) for f in self.folds for e in f.train if isinstance(e, DataExperience)}
+        evaluation = {f"{f.name}/{e.name}": len(e.groups) for f in self.folds for e in f.evals}
+        return {"train": train, "eval": evaluation}
+
+
+def sequential(train: Sequence[Experience], evals: Sequence[EvalSet]) -> tuple[Fold, ...]:
+    """One fold that is learned in order."""
+    return (Fold("all", tuple(train), tuple(evals)),)
+
+
+def offline(train: DataExperience, evaluation: EvalSet) -> tuple[Fold, ...]:
+    """One experience, one eval set: the setting of thesis ch. 4."""
+    return sequential([train], [evaluation])
