@@ -5,6 +5,10 @@ class InputError(ValueError):
     """Wrong input or usage: the message says what was expected, what came, and what to do."""
 
 
+class OutputError(InputError):
+    """A file cannot be written: the folder is read-only, the disk is full."""
+
+
 class ContractError(InputError):
     """A strategy does something that its specification did not declare, or returns what the contract does not allow."""
 

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from shiftproof.benchmark.errors import InputError
+from shiftproof.benchmark.errors import InputError, OutputError
 
 SCHEMA_VERSION = "1.0.0"
 PROTOCOL_VERSION = 1  # raised whenever the harness changes a result; tests/benchmark/test_protocol.py guards it
@@ -27,6 +27,7 @@ class RunRequest:
         config: Strategy knobs to set on top of the preset, as "key=value" split into pairs.
         knobs: Stream knobs.
         recipe: Recipe fields.
+        base: Base recipe fields.
         recipe_name: Set by suites that come with a recipe of their own; such rows are ranked among themselves.
         custom: True where the user changed stream or recipe by hand; never ranked with standard rows.
     """
@@ -39,6 +40,7 @@ class RunRequest:
     config: tuple[tuple[str, str], ...] = ()
     knobs: tuple[tuple[str, str], ...] = ()
     recipe: tuple[tuple[str, str], ...] = ()
+    base: tuple[tuple[str, str], ...] = ()
     recipe_name: str = ""
     custom: bool = False
 
@@ -132,7 +134,7 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     """Write a whole file or none: a reader never sees half of it, a full disk leaves nothing behind.
 
     Raises:
-        InputError: If the folder cannot be written or the disk is full.
+        OutputError: If the folder cannot be written or the disk is full.
     """
     data = content.encode() if isinstance(content, str) else content
     temporary = None
@@ -148,7 +150,7 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     except OSError as error:
         if temporary is not None and os.path.exists(temporary):
             os.unlink(temporary)
-        raise InputError(
+        raise OutputError(
             f"expected to write {path.name} into {path.parent}, got: {error.strerror}; free space or choose another folder"
         ) from error
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from enum import StrEnum
 from functools import cached_property
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -110,11 +111,14 @@ class Stream:
 
     @cached_property
     def base_sha256(self) -> str:
-        """Identity of the base: its recipe, the inputs it may see, and the heads."""
-        digest = hashlib.sha256(json.dumps([asdict(self.base), sorted(self.heads.items())], sort_keys=True).encode())
+        """Identity of the base: its recipe and the inputs it may see, or the file's content."""
+        recipe = {**asdict(self.base), "file": Path(self.base.file).name}
+        digest = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode())
         if self.base.kind == "barlow-twins":
             for x in self.unlabelled():
                 digest.update(x.contiguous().numpy().data)
+        if self.base.kind == "file" and Path(self.base.file).is_file():
+            digest.update(Path(self.base.file).read_bytes())
         return digest.hexdigest()
 
     def counts(self) -> dict[str, dict[str, int]]:

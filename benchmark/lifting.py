@@ -1,0 +1,32 @@
+"""From what a stream yields to what a strategy consumes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from shiftproof.benchmark.contracts import StrategySpec
+from shiftproof.benchmark.experiences import DataExperience, Experience, GroupedExperience, JointExperience
+from shiftproof.benchmark.streams import Fold, Stream
+
+
+def obstacle(spec: StrategySpec[Any], stream: Stream) -> str:
+    """Why a strategy cannot learn a stream; empty if it can."""
+    if spec.unavailable:
+        return spec.unavailable
+    found = {type(experience) for fold in stream.folds for experience in fold.train}
+    if issubclass(spec.consumes, DataExperience):
+        if not all(issubclass(kind, DataExperience) for kind in found):
+            return "learns from data, the stream has none"
+        if spec.uses_group_labels and found != {GroupedExperience}:
+            return "needs group labels, the stream has none"
+        return ""
+    return f"consumes {spec.consumes.__name__}, the stream yields {', '.join(sorted(kind.__name__ for kind in found))}"
+
+
+def lift(spec: StrategySpec[Any], fold: Fold) -> tuple[Experience, ...]:
+    """The fold's experiences as the strategy may see them: one union for `joint`, without groups unless declared."""
+    if issubclass(spec.consumes, JointExperience):
+        return (fold.joint(),)
+    if spec.uses_group_labels:
+        return fold.train
+    return tuple(e.without_groups() if isinstance(e, GroupedExperience) else e for e in fold.train)

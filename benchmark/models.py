@@ -1,0 +1,72 @@
+"""A backbone plus one head per task id."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+
+class Model(nn.Module):
+    """Features of the backbone, then the linear head of each sample's task.
+
+    Args:
+        backbone: Maps (B, ...) inputs to (B, `backbone.features`) features.
+        heads: Classes of each task id.
+    """
+
+    def __init__(self, backbone: nn.Module, heads: Mapping[int, int]) -> None:
+        super().__init__()
+        self.backbone = backbone
+        width = backbone.features
+        assert isinstance(width, int)
+        self.width = width
+        self.heads = nn.ModuleDict({str(task): nn.Linear(width, classes) for task, classes in heads.items()})
+
+    def head(self, task: int) -> nn.Linear:
+        """The head of a task."""
+        head = self.heads[str(task)]
+        assert isinstance(head, nn.Linear)
+        return head
+
+    def head_keys(self, task: int) -> frozenset[str]:
+        """Names in the state dict that are private to a task."""
+        return frozenset(f"heads.{task}.{name}" for name in self.head(task).state_dict())
+
+    def features(self, x: Tensor) -> Tensor:
+        """(B, D) float32 features of (B, ...) float32 inputs."""
+        features: Tensor = self.backbone(x)
+        return features
+
+    def classify(self, features: Tensor, task: int | Tensor) -> Tensor:
+        """Logits of (B, D) features by the head of each sample's task.
+
+        Args:
+            task: One task id, or (B,) int64.
+
+        Returns:
+            (B, C) float32. Where a batch mixes heads of different widths, C is the largest and the missing classes of a
+            narrower head get the lowest finite value.
+        """
+        if isinstance(task, int):
+            logits: Tensor = self.head(task)(features)
+            return logits
+        present = task.unique()  # only these heads take part, so that no other head receives a gradient
+        if len(present) == 1:
+            return self.classify(features, int(present))
+        heads = [self.head(int(one)) for one in present]
+        widest = max(head.out_features for head in heads)
+        logits = torch.stack([_padded(head(features), widest) for head in heads], dim=1)  # (B, heads, C)
+        position = torch.searchsorted(present, task)
+        return logits[torch.arange(len(task), device=task.device), position]
+
+    def forward(self, x: Tensor, task: int | Tensor) -> Tensor:
+        """(B, C) logits of (B, ...) inputs; `task` is one task id or (B,) int64."""
+        return self.classify(self.features(x), task)
+
+
+def _padded(logits: Tensor, width: int) -> Tensor:
+    if logits.shape[1] == width:
+        return logits
+    return nn.functional.pad(logits, (0, width - logits.shape[1]), value=torch.finfo(logits.dtype).min)

@@ -1,0 +1,132 @@
+"""Bases: the weights that every strategy of a stream starts from."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from shiftproof.benchmark.cache import Cache
+from shiftproof.benchmark.context import derive_seed
+from shiftproof.benchmark.errors import InputError
+from shiftproof.benchmark.experiences import StateDict, as_float
+from shiftproof.benchmark.recipes import BaseRecipe
+from shiftproof.benchmark.records import PROTOCOL_VERSION
+
+
+def base_weights(
+    recipe: BaseRecipe,
+    build: Callable[[], nn.Module],
+    inputs: Sequence[Tensor],
+    cache: Cache,
+    sha256: str,
+    device: torch.device,
+) -> StateDict:
+    """The backbone's state dict as the recipe makes it.
+
+    Args:
+        build: Makes the backbone, drawing its weights from torch's global generator.
+        inputs: The stream's training inputs, (N, C, H, W) each; only self-supervised bases look at them.
+        sha256: Identity of the base, the key in the cache.
+
+    Raises:
+        InputError: If a file is missing or does not fit the backbone.
+    """
+    if recipe.kind == "file":
+        return _read_base(Path(recipe.file), build())
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive_seed(recipe.seed, "base"))
+        backbone = build()
+    if recipe.kind == "random":
+        return backbone.state_dict()
+    key = {"sha256": sha256, "device": device.type, "torch": torch.__version__, "protocol": PROTOCOL_VERSION}
+    return cache.tensors("base", key, lambda: barlow_twins(recipe, backbone, inputs, device))
+
+
+def barlow_twins(recipe: BaseRecipe, backbone: nn.Module, inputs: Sequence[Tensor], device: torch.device) -> StateDict:
+    """Pre-train without labels: two views of an image agree, the dimensions of their projections do not.
+
+    Zbontar et al., ICML 2021, arXiv:2103.03230; thesis section 4.2. The views move, scale, rotate, cut out and blur; none
+    alters colour, so that what a bias may live in stays in the features.
+    """
+    x = torch.cat(list(inputs))
+    width = backbone.features
+    assert isinstance(width, int)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive_seed(recipe.seed, "projector"))
+        projector = nn.Sequential(
+            nn.Linear(width, recipe.dim, bias=False), nn.BatchNorm1d(recipe.dim), nn.ReLU(), nn.Linear(recipe.dim, recipe.dim)
+        )
+    net = nn.Sequential(backbone, projector).to(device).train()
+    optimizer = torch.optim.Adam(net.parameters(), lr=recipe.lr)
+    batches = len(x) // recipe.batch_size or 1
+    for epoch in range(recipe.epochs):
+        generator = torch.Generator().manual_seed(derive_seed(recipe.seed, "barlow-twins", epoch))
+        order = torch.randperm(len(x), generator=generator)
+        for step in range(batches):
+            progress = (epoch * batches + step) / (recipe.epochs * batches)
+            optimizer.param_groups[0]["lr"] = recipe.lr * (1 + math.cos(math.pi * progress)) / 2
+            batch = as_float(x[order[step * recipe.batch_size : (step + 1) * recipe.batch_size]])
+            views = [net(random_view(batch, generator).to(device)) for _ in range(2)]
+            loss = redundancy_loss(views[0], views[1], recipe.redundancy)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+    return backbone.cpu().state_dict()
+
+
+def redundancy_loss(a: Tensor, b: Tensor, redundancy: float) -> Tensor:
+    """Sum over the cross-correlation matrix of (1 - diagonal)^2 plus `redundancy` times off-diagonal^2 (eq. 1).
+
+    Args:
+        a: (B, D) float32, projections of one view.
+        b: (B, D) float32, of the other.
+    """
+    normalized = [(view - view.mean(0)) / (view.std(0, correction=0) + 1e-5) for view in (a, b)]
+    correlation = normalized[0].T @ normalized[1] / len(a)  # (D, D)
+    diagonal = correlation.diagonal()
+    on = (1 - diagonal).square().sum()
+    off = correlation.square().sum() - diagonal.square().sum()
+    return on + redundancy * off
+
+
+def random_view(x: Tensor, generator: torch.Generator) -> Tensor:
+    """A random affine view with a square cut out, drawn for each of (B, C, H, W) images; colours stay."""
+    count, _, height, width = x.shape
+
+    def uniform(low: float, high: float) -> Tensor:
+        return torch.rand(count, generator=generator) * (high - low) + low
+
+    angle, scale = uniform(-0.3, 0.3), uniform(0.85, 1.2)
+    cos, sin = angle.cos() / scale, angle.sin() / scale
+    matrix = torch.stack(
+        [torch.stack([cos, -sin, uniform(-0.2, 0.2)], 1), torch.stack([sin, cos, uniform(-0.2, 0.2)], 1)], 1
+    )  # (B, 2, 3)
+    grid = F.affine_grid(matrix, list(x.shape), align_corners=False)
+    view = F.grid_sample(x, grid, padding_mode="border", align_corners=False)
+    rows, columns = torch.arange(height), torch.arange(width)
+    top, left = uniform(0, height), uniform(0, width)
+    side = 0.25 * height
+    hole = ((rows >= top[:, None]) & (rows < top[:, None] + side))[:, :, None] & (
+        (columns >= left[:, None]) & (columns < left[:, None] + side)
+    )[:, None, :]
+    return view.masked_fill(hole[:, None], 0.5)
+
+
+def _read_base(path: Path, backbone: nn.Module) -> StateDict:
+    try:
+        weights = safetensors.torch.load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"base: expected a safetensors file at {path.name!r}, got {error}") from None
+    expected = {name: tuple(tensor.shape) for name, tensor in backbone.state_dict().items()}
+    found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    if expected != found:
+        odd = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
+        raise InputError(f"base: {path.name!r} does not fit the backbone; names or shapes that differ: {', '.join(odd[:3])}")
+    return weights

@@ -1,0 +1,101 @@
+"""Strategies that are told the group of every training sample: bounds for those that are not."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+import torch
+from annotated_types import Ge, Gt
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from shiftproof.benchmark import Batch, GroupedExperience, RunContext, StrategySpec, hookimpl
+from shiftproof.strategies import GroupBalancedBuffer, TrainingStrategy
+from shiftproof.strategies.baselines.rehearsal import ReplayConfig, joined
+
+
+@dataclass(frozen=True)
+class GroupBalancedReplayConfig(ReplayConfig):
+    """Default: the buffer as replay, as the thesis uses it (5.4.2)."""
+
+    mode: Literal["replay", "last-layer"] = "replay"  # last-layer: fine-tune, then retrain heads on the buffer (BGS paper)
+    retrain_epochs: Annotated[int, Ge(1)] = 20  # over the buffer, mode="last-layer"
+    retrain_lr: Annotated[float, Gt(0)] = 0.05  # mode="last-layer"
+
+
+class GroupBalancedReplay(TrainingStrategy[GroupBalancedReplayConfig]):
+    """A buffer balanced over (task, class, group): Lee et al., Continual Learning in the Presence of Spurious Correlation.
+
+    arXiv:2303.11863. The stream itself is learned as it comes; only the memory is balanced.
+    """
+
+    def __init__(self, config: GroupBalancedReplayConfig, context: RunContext) -> None:
+        super().__init__(config, context)
+        self.buffer = GroupBalancedBuffer(config.buffer_size)
+        self.replay_size = config.replay_size or context.recipe.batch_size
+        self.cells = 0  # of earlier experiences
+
+    def loss(self, batch: Batch) -> Tensor:
+        """Mean cross-entropy over stream and memory."""
+        if len(self.buffer) and self.config.mode == "replay":
+            memory = self.buffer.sample(self.replay_size, self.generator("replay"))
+            batch = joined(batch, self.replayed(memory))
+        return F.cross_entropy(self.logits(batch), batch.y)
+
+    def after_step(self, batch: Batch) -> None:
+        """Offer each sample once, in the first epoch."""
+        if self.epoch == 0:
+            cell = self.cells + self._cell(batch)
+            self.buffer.add(self.stored(batch), batch.y, batch.task, cell, self.generator("eviction"))
+
+    def after_experience(self, experience: Any) -> None:
+        """The next experience's cells come after these."""
+        self.cells += _count(experience.groups) * _count(experience.train.y)
+
+    def model(self) -> nn.Module:
+        """The model; in mode "last-layer" with its heads retrained on the balanced buffer."""
+        return self._retrained() if self.config.mode == "last-layer" and len(self.buffer) else self.net
+
+    def _cell(self, batch: Batch) -> Tensor:
+        experience = self.experience
+        assert isinstance(experience, GroupedExperience)
+        index = batch.index.cpu()
+        return experience.train.y[index] * _count(experience.groups) + experience.groups[index]
+
+    def _retrained(self) -> nn.Module:
+        model = deepcopy(self.net)
+        memory = self.buffer.contents()
+        batch = self.replayed(memory, "retrain")
+        with torch.no_grad():
+            features = model.features(batch.x)
+        optimizer = torch.optim.SGD(model.heads.parameters(), self.config.retrain_lr, momentum=0.9)
+        for epoch in range(self.config.retrain_epochs):
+            generator = self.context.generator("retrain", self.experience.index, epoch)
+            for index in torch.randperm(len(memory), generator=generator).split(self.recipe.batch_size):
+                loss = F.cross_entropy(model.classify(features[index], batch.task[index]), batch.y[index])
+                optimizer.zero_grad(set_to_none=True)
+                loss.backward()
+                optimizer.step()
+        return model
+
+
+def _count(ids: Tensor) -> int:
+    return int(ids.max()) + 1
+
+
+@hookimpl
+def shiftproof_strategies() -> list[StrategySpec[Any]]:
+    """`bgs`."""
+    return [
+        StrategySpec(
+            "bgs",
+            GroupBalancedReplay,
+            GroupBalancedReplayConfig,
+            GroupedExperience,
+            reference="Lee et al., Continual Learning in the Presence of Spurious Correlation, 2023, arXiv:2303.11863",
+            presets={"paper": GroupBalancedReplayConfig(mode="last-layer")},
+            uses_group_labels=True,
+        ),
+    ]

@@ -1,0 +1,71 @@
+"""Linear heads that are born during training, such as cluster heads."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from shiftproof.benchmark import RunContext
+
+
+class Heads(nn.Module):
+    """Named linear heads on the backbone's features. A checkpoint rebuilds heads that did not exist at construction.
+
+    Args:
+        context: Gives each head its own initialization, whatever was drawn before.
+        purpose: Keeps the draws of two containers apart.
+    """
+
+    def __init__(self, context: RunContext, purpose: str = "heads") -> None:
+        super().__init__()
+        self._context = context
+        self._purpose = purpose
+        self.heads = nn.ModuleDict()
+
+    def add(self, name: str, features: int, classes: int) -> None:
+        """A new (classes, features) head; a head of that name must not exist."""
+        if name in self.heads:
+            raise ValueError(f"expected a new name, got {name!r}, which exists; heads: {', '.join(self.heads)}")
+        with self._context.global_rng(self._purpose, name):
+            self.heads[name] = nn.Linear(features, classes).to(self._context.device)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.heads
+
+    def forward(self, features: Tensor, name: str) -> Tensor:
+        """(B, classes) logits of (B, features) by one head."""
+        logits: Tensor = self.heads[name](features)
+        return logits
+
+    def select(self, features: Tensor, names: list[str], position: Tensor, width: int) -> Tensor:
+        """(B, width) logits where sample i is answered by head `names[position[i]]`.
+
+        Args:
+            features: (B, D) float32.
+            position: (B,) int64, index into `names`.
+            width: Classes of the widest head; the missing classes of a narrower one get the lowest finite value.
+        """
+        lowest = torch.finfo(features.dtype).min
+        every = []
+        for name in names:
+            logits = self(features, name)
+            every.append(nn.functional.pad(logits, (0, width - logits.shape[1]), value=lowest))
+        return torch.stack(every, dim=1)[torch.arange(len(position), device=position.device), position]
+
+    def sizes(self) -> dict[str, list[int]]:
+        """(classes, features) of each head, in order of birth: what a checkpoint needs to rebuild them."""
+        return {name: list(_weight(head).shape) for name, head in self.heads.items()}
+
+    def rebuild(self, sizes: dict[str, list[int]], state: dict[str, Any]) -> None:
+        """Make the heads of a checkpoint and load their weights."""
+        for name, (classes, features) in sizes.items():
+            if name not in self.heads:
+                self.add(name, features, classes)
+        self.load_state_dict(state)
+
+
+def _weight(head: nn.Module) -> Tensor:
+    assert isinstance(head, nn.Linear)
+    return head.weight

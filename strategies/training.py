@@ -1,0 +1,223 @@
+"""The contract of strategies that train: write a loss; optimizer, schedule, device and checkpoints are given."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from shiftproof.benchmark import Batch, DataExperience, Model, Recipe, RunContext, as_float
+from shiftproof.benchmark.errors import NotFiniteError
+from shiftproof.strategies.augment import augment
+from shiftproof.strategies.replay import Memory
+from shiftproof.strategies.state import decode, encode
+
+C = TypeVar("C")
+
+State = dict[str, Any]
+
+_TRANSIENT = frozenset({"config", "context", "experience", "_optimizer", "_constructed"})
+
+
+class TrainingStrategy(ABC, Generic[C]):
+    """Trains one model by gradient descent with the stream's recipe.
+
+    Write `loss`. Inside it, `self.logits(batch)` are the logits of each sample's own task, `self.features(batch.x)` the
+    backbone's features. The moments `before_experience`, `before_epoch`, `after_step` and `after_experience` are optional.
+    Every attribute that is set on the strategy goes into checkpoints by itself.
+
+    Attributes:
+        net: The model that is trained; starts as `context.new_model()`.
+        experience: The one that is being learned.
+        epoch: Counted from 0 within the experience.
+        step: Counted from 0 within the epoch.
+    """
+
+    experience: DataExperience
+
+    def __init__(self, config: C, context: RunContext) -> None:
+        self.config = config
+        self.context = context
+        self.net: Model = context.new_model()
+        self.epoch = 0
+        self.step = 0
+        self._learning = False  # True in the middle of an experience
+        self._loss_sum = torch.zeros((), device=context.device)
+        self._optimizer: torch.optim.Optimizer | None = None
+        self._constructed: frozenset[str] | None = None
+
+    @abstractmethod
+    def loss(self, batch: Batch) -> Tensor:
+        """The scalar to minimize on a batch."""
+
+    def before_experience(self, experience: DataExperience) -> None:
+        """Called once, before the first epoch. New heads made here are trained with the model."""
+
+    def before_epoch(self, epoch: int) -> None:
+        """Called before each epoch."""
+
+    def after_step(self, batch: Batch) -> None:
+        """Called after each optimizer step."""
+
+    def after_experience(self, experience: DataExperience) -> None:
+        """Called once, after the last epoch."""
+
+    def model(self) -> nn.Module:
+        """The model to evaluate."""
+        return self.net
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """What the optimizer updates: every parameter of every module held as an attribute, unless it is frozen."""
+        for value in vars(self).values():
+            if isinstance(value, nn.Module):
+                yield from (parameter for parameter in value.parameters() if parameter.requires_grad)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model lives."""
+        return self.context.device
+
+    @property
+    def recipe(self) -> Recipe:
+        """The stream's recipe."""
+        return self.context.recipe
+
+    def features(self, x: Tensor) -> Tensor:
+        """(B, D) features of (B, ...) float32 inputs."""
+        return self.net.features(x)
+
+    def logits(self, batch: Batch) -> Tensor:
+        """(B, C) logits, each sample's by the head of its own task."""
+        return self.net(batch.x, batch.task)  # type: ignore[no-any-return]
+
+    def generator(self, purpose: str) -> torch.Generator:
+        """A fresh generator for this purpose at this step of this epoch of this experience."""
+        return self.context.generator(purpose, self.experience.index, self.epoch, self.step)
+
+    def stored(self, batch: Batch) -> Tensor:
+        """(B, ...) inputs of a batch as the experience stores them, before augmentation: what goes into a buffer."""
+        return self.experience.train.x[batch.index.cpu()]
+
+    def replayed(self, memory: Memory, purpose: str = "replay") -> Batch:
+        """What a buffer gave as a batch, augmented as the recipe says; `index` is the slot of the buffer."""
+        inputs = augment(as_float(memory.x), self.recipe.augment, self.generator(f"augment {purpose}"))
+        return Batch(*(tensor.to(self.device) for tensor in (inputs, memory.y, memory.index, memory.task)))
+
+    def order(self, experience: DataExperience, generator: torch.Generator) -> Tensor:
+        """(N,) int64, the order in which an epoch visits the training set; override to sample otherwise, at the same length."""
+        return torch.randperm(len(experience.train), generator=generator)
+
+    def learn(self, experience: DataExperience) -> Mapping[str, float]:
+        """Train for the recipe's epochs; goes on in the middle after `load`."""
+        if self._constructed is None:
+            self._constructed = frozenset(vars(self))
+        self.experience = experience
+        with self.context.global_rng("training", experience.index):
+            if not self._learning:
+                self.epoch = self.step = 0
+                self.before_experience(experience)
+                self._learning = True
+                self._optimizer = make_optimizer(self.recipe, list(self.parameters()))
+            for epoch in range(self.epoch, self.recipe.epochs):
+                self._learn_epoch(experience, epoch)
+            self._learning = False
+            self.after_experience(experience)
+        batches = math.ceil(len(experience.train) / self.recipe.batch_size)
+        return {"loss": float(self._loss_sum) / batches}
+
+    def _learn_epoch(self, experience: DataExperience, epoch: int) -> None:
+        self.epoch = epoch
+        if self.step == 0:
+            self._loss_sum = torch.zeros((), device=self.device)
+            self.context.seed_global("epoch", experience.index, epoch)
+            self.before_epoch(epoch)
+        for module in vars(self).values():
+            if isinstance(module, nn.Module) and any(parameter.requires_grad for parameter in module.parameters()):
+                module.train()
+        order = self.order(experience, self.context.generator("order", experience.index, epoch))
+        batches = order.split(self.recipe.batch_size)
+        for step in range(self.step, len(batches)):
+            self.step = step
+            self._learn_batch(experience, batches[step], epoch * len(batches) + step, self.recipe.epochs * len(batches))
+            self.step = step + 1
+            self.context.tick(self.state)
+        if not math.isfinite(float(self._loss_sum)):
+            raise NotFiniteError(f"expected a finite loss, got {float(self._loss_sum)} in epoch {epoch}")
+        self.step = 0
+
+    def _learn_batch(self, experience: DataExperience, index: Tensor, done: int, total: int) -> None:
+        optimizer = self._optimizer
+        assert optimizer is not None
+        self.context.seed_global("step", experience.index, done)
+        inputs = experience.train.inputs(index)
+        if self.recipe.augment != "none":
+            inputs = augment(inputs, self.recipe.augment, self.generator("augment"))
+        batch = Batch(inputs, experience.train.y[index], index, experience.tasks(index))
+        if self.device.type != "cpu":
+            batch = Batch(*(tensor.to(self.device) for tensor in (batch.x, batch.y, batch.index, batch.task)))
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(self.recipe, done, total)
+        if self.recipe.precision == "bfloat16":
+            with torch.autocast(self.device.type, dtype=torch.bfloat16):
+                loss = self.loss(batch)
+        else:
+            loss = self.loss(batch)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        if self.recipe.clip_norm:
+            nn.utils.clip_grad_norm_(self.parameters(), self.recipe.clip_norm)
+        optimizer.step()
+        self._loss_sum += loss.detach()
+        self.context.cost.optimizer_steps += 1
+        self.context.cost.samples_seen += len(index)
+        self.after_step(batch)
+
+    def state(self) -> State:
+        """Every attribute, the position and the optimizer.
+
+        Raises:
+            TypeError: If an attribute holds what a checkpoint cannot; the message names it.
+        """
+        attributes = {}
+        for name, value in vars(self).items():
+            if name in _TRANSIENT:
+                continue
+            attributes[name] = encode(name, value)
+            if attributes[name]["is"] == "object" and self._constructed is not None and name not in self._constructed:
+                raise TypeError(f"attribute {name!r}: make it in __init__, so that a checkpoint can be loaded into it")
+        optimizer = self._optimizer.state_dict() if self._optimizer is not None and self._learning else None
+        return {"attributes": attributes, "optimizer": optimizer}
+
+    def load(self, state: State) -> None:
+        """Take up where `state` was taken."""
+        for name, tagged in state["attributes"].items():
+            setattr(self, name, decode(name, tagged, getattr(self, name, None), self.context))
+        if state["optimizer"] is not None:
+            self._optimizer = make_optimizer(self.recipe, list(self.parameters()))
+            self._optimizer.load_state_dict(state["optimizer"])
+
+
+def make_optimizer(recipe: Recipe, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    """The recipe's optimizer."""
+    if recipe.optimizer == "sgd":
+        return torch.optim.SGD(parameters, recipe.lr, recipe.momentum, weight_decay=recipe.weight_decay)
+    kind = torch.optim.Adam if recipe.optimizer == "adam" else torch.optim.AdamW
+    return kind(parameters, recipe.lr, weight_decay=recipe.weight_decay)
+
+
+def learning_rate(recipe: Recipe, done: int, total: int) -> float:
+    """The learning rate of step `done` of `total`: linear warm-up, then constant or half a cosine (Loshchilov & Hutter, 2017).
+
+    >>> learning_rate(Recipe(lr=0.1, schedule="cosine"), 50, 100)
+    0.05
+    """
+    if done < recipe.warmup_steps:
+        return recipe.lr * (done + 1) / recipe.warmup_steps
+    if recipe.schedule == "constant":
+        return recipe.lr
+    progress = (done - recipe.warmup_steps) / max(1, total - recipe.warmup_steps)
+    return recipe.lr * (1 + math.cos(math.pi * progress)) / 2
