@@ -8,13 +8,37 @@ if __name__ != "shiftproof.benchmark":
 
 if TYPE_CHECKING:
     from shiftproof.benchmark.context import RunContext as RunContext
-    from shiftproof.benchmark.contracts import BackboneSpec as BackboneSpec, ExecutorSpec as ExecutorSpec, MetricSpec as MetricSpec, StrategySpec as StrategySpec, StreamSpec as StreamSpec, SuiteSpec as SuiteSpec
+    from shiftproof.benchmark.contracts import (
+        BackboneSpec as BackboneSpec,
+        ExecutorSpec as ExecutorSpec,
+        MetricSpec as MetricSpec,
+        StrategySpec as StrategySpec,
+        StreamSpec as StreamSpec,
+        SuiteSpec as SuiteSpec,
+    )
     from shiftproof.benchmark.errors import InputError as InputError
-    from shiftproof.benchmark.experiences import ArrayData as ArrayData, Batch as Batch, DataExperience as DataExperience, EvalSet as EvalSet, ExpertExperience as ExpertExperience, GroupedExperience as GroupedExperience, JointExperience as JointExperience, TransportExperience as TransportExperience, as_float as as_float
+    from shiftproof.benchmark.evaluation import evaluating as evaluating
+    from shiftproof.benchmark.experiences import (
+        ArrayData as ArrayData,
+        Batch as Batch,
+        DataExperience as DataExperience,
+        EvalSet as EvalSet,
+        ExpertExperience as ExpertExperience,
+        GroupedExperience as GroupedExperience,
+        JointExperience as JointExperience,
+        TransportExperience as TransportExperience,
+        as_float as as_float,
+    )
     from shiftproof.benchmark.hookspecs import hookimpl as hookimpl
     from shiftproof.benchmark.models import Model as Model
     from shiftproof.benchmark.recipes import BaseRecipe as BaseRecipe, Recipe as Recipe
-    from shiftproof.benchmark.streams import Fold as Fold, Scenario as Scenario, Stream as Stream, offline as offline, sequential as sequential
+    from shiftproof.benchmark.streams import (
+        Fold as Fold,
+        Scenario as Scenario,
+        Stream as Stream,
+        offline as offline,
+        sequential as sequential,
+    )
 
 # Resolved on first use (PEP 562), so that naming one does not import the others.
 _HOME = {
@@ -26,6 +50,7 @@ _HOME = {
     "StreamSpec": "contracts",
     "SuiteSpec": "contracts",
     "InputError": "errors",
+    "evaluating": "evaluation",
     "ArrayData": "experiences",
     "Batch": "experiences",
     "DataExperience": "experiences",
@@ -70,6 +95,7 @@ __all__ = [
     "SuiteSpec",
     "TransportExperience",
     "as_float",
+    "evaluating",
     "hookimpl",
     "offline",
     "sequential",

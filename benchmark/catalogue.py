@@ -9,11 +9,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import subprocess
 import sys
 import sysconfig
-import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -140,19 +139,33 @@ def read_catalogue(refresh: bool = False) -> Catalogue:
 
 
 def _update(path: Path, entries: list[Entry], refresh: bool) -> Rows:
-    from filelock import FileLock  # 0.05 s that a warm catalogue need not pay
-
     from shiftproof.benchmark.records import write_atomically
 
-    write_atomically(path.with_suffix(".lock"), "")  # says in one line if the folder cannot be written
-    with FileLock(path.with_suffix(".lock")):
+    with _locked(path.with_suffix(".lock")):
         rows = _read(path)
         stale = entries if refresh else _stale(entries, rows)
-        keys = {str(entry): _key(entry) for entry in stale}  # taken before: an edit during the harvest is seen next time
+        keys = _keys(stale)  # taken before: an edit during the harvest is seen next time
         for name, row in _harvest(stale).items():
             rows[name] = {**row, "key": keys[name], "packages": _packages() if _may_change(row) else None}
         write_atomically(path, json.dumps({"format": FORMAT, "plugins": rows}, indent=1, sort_keys=True))
     return rows
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    from filelock import FileLock  # 0.05 s that a warm catalogue need not pay
+
+    lock = FileLock(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except OSError as error:
+        reason = f"expected a cache folder that can be written, got {cache_folder()}: {error.strerror}"
+        raise InputError(f"{reason}; name another one in SHIFTPROOF_CACHE") from error
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _file() -> Path:
@@ -169,17 +182,20 @@ def _read(path: Path) -> Rows:
         return {}  # absent or damaged: everything is harvested again
 
 
-def _stale(entries: Iterable[Entry], rows: Rows) -> list[Entry]:
+def _stale(entries: Sequence[Entry], rows: Rows) -> list[Entry]:
+    keys, packages = _keys(entries), _packages()
+
     def is_fresh(entry: Entry) -> bool:
         row = rows.get(str(entry), {})
-        return row.get("key") == _key(entry) and row.get("packages") in (None, _packages())
+        return row.get("key") == keys[str(entry)] and row.get("packages") in (None, packages)
 
     return [entry for entry in entries if not is_fresh(entry)]
 
 
-def _key(entry: Entry) -> list[Any]:
-    """What a row is valid for: the plugin's files and the code that reads them."""
-    return [entry.value, fingerprint(entry.module), version("shiftproof"), *(fingerprint(module) for module in READERS)]
+def _keys(entries: Sequence[Entry]) -> dict[str, list[Any]]:
+    """What the row of each plugin is valid for: its files and the code that reads them."""
+    readers = [version("shiftproof"), *(fingerprint(module) for module in READERS)]
+    return {str(entry): [entry.value, fingerprint(entry.module), readers] for entry in entries}
 
 
 def _packages() -> int:
@@ -196,7 +212,9 @@ def _harvest(entries: list[Entry]) -> Rows:
     """Rows from one child process; from one for each plugin if an import takes the process down."""
     if not entries:
         return {}
-    with tempfile.TemporaryDirectory() as folder:
+    from tempfile import TemporaryDirectory  # as with filelock: only a harvest pays for it
+
+    with TemporaryDirectory() as folder:
         file = Path(folder, "rows.json")
         reason = _run_child(file, [str(entry) for entry in entries])
         if not reason:
@@ -208,6 +226,8 @@ def _harvest(entries: list[Entry]) -> Rows:
 
 def _run_child(file: Path, names: list[str]) -> str:
     """Why it failed, empty if it did not."""
+    import subprocess
+
     paths = [str(Path(path).resolve()) for path in sys.path if os.path.exists(path or ".")]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-P", "-m", "shiftproof.benchmark.harvest", str(file), *names]

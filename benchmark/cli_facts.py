@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from shiftproof.benchmark.catalogue import Catalogue, Item, Plugin, read_catalogue
-from shiftproof.benchmark.cli_console import catalogue, console, table
+from shiftproof.benchmark.cli_console import catalogue, print_table
 from shiftproof.benchmark.contracts import SuiteSpec
 from shiftproof.benchmark.errors import InputError
 from shiftproof.benchmark.names import KINDS, problems_hint, unknown
@@ -43,11 +43,8 @@ def list_names(
         typer.echo(json.dumps(rows, indent=1))
         return
     columns = _COLUMNS[singular[kind]]
-    made = table("name", "what it is", *(header for header, _ in columns), "from")
-    for name, (item, plugin) in items.items():
-        facts = [_brief(item.facts[fact]) for _, fact in columns]
-        made.add_row(name, _what(item), *facts, f"{plugin.distribution} {plugin.version}")
-    console().print(made)
+    header = ["name", "what it is", *(title for title, _ in columns), "from"]
+    print_table(header, [_row(item, plugin, [fact for _, fact in columns]) for item, plugin in items.values()])
 
 
 def show(
@@ -102,30 +99,33 @@ def suite_of(item: Item) -> SuiteSpec:
 
 
 def _print_plugins(known: Catalogue) -> None:
-    made = table("plugin", "distribution", "version", "status", "contributes")
-    for plugin in known.plugins:
-        contents = "; ".join(f"{kind}: {', '.join(names)}" for kind, names in _contents(plugin).items())
-        made.add_row(plugin.name, plugin.distribution, plugin.version, plugin.status, plugin.error or contents or _hooks(plugin))
-    console().print(made)
+    rows = [
+        [plugin.name, plugin.distribution, plugin.version, plugin.status, plugin.error or _contributes(plugin)]
+        for plugin in known.plugins
+    ]
+    print_table(["plugin", "distribution", "version", "status", "contributes"], rows)
     for line in known.conflicts():
         typer.echo(f"conflict: {line}", err=True)
 
 
 def _print_item(item: Item, plugin: Plugin) -> None:
-    out = console()
-    out.print(f"{item.kind} {item.name}: {item.facts['summary']}", style="bold")
-    out.print(f"  plugin: {plugin.name} of {plugin.distribution} {plugin.version}")
+    typer.secho(f"{item.kind} {item.name}: {item.facts['summary']}", bold=True)
+    typer.echo(f"  plugin: {plugin.name} of {plugin.distribution} {plugin.version}")
     for fact, value in item.facts.items():
         if fact not in _SHOWN_APART and value not in ("", []):
-            out.print(f"  {fact.replace('_', ' ')}: {_brief(value)}")
+            typer.echo(f"  {fact.replace('_', ' ')}: {_brief(value)}")
     for preset, changes in item.facts.get("presets", {}).items():
-        out.print(f"  preset {item.name}@{preset}: {', '.join(f'{key}={value}' for key, value in changes.items()) or 'defaults'}")
+        changed = ", ".join(f"{key}={value}" for key, value in changes.items())
+        typer.echo(f"  preset {item.name}@{preset}: {changed or 'as the defaults'}")
     knobs = item.facts.get("config", [])
     if knobs:
-        made = table("knob", "default", "type", "meaning")
-        for knob in knobs:
-            made.add_row(knob["name"], knob["default"], knob["type"], knob["comment"])
-        out.print(made)
+        typer.echo("")
+        rows = [[knob[fact] for fact in ("name", "default", "type", "comment")] for knob in knobs]
+        print_table(["knob", "default", "type", "meaning"], rows)
+
+
+def _row(item: Item, plugin: Plugin, facts: Iterable[str]) -> list[str]:
+    return [item.name, _what(item), *(_brief(item.facts[fact]) for fact in facts), f"{plugin.distribution} {plugin.version}"]
 
 
 def _what(item: Item) -> str:
@@ -133,7 +133,7 @@ def _what(item: Item) -> str:
     facts = item.facts
     marks = [mark.replace("_", " ") for mark in ("uses_group_labels", "uses_bias_knowledge", "needs_data") if facts.get(mark)]
     marks += [f"unavailable: {facts['unavailable']}"] if facts.get("unavailable") else []
-    return f"{facts['summary']}{f' ({chr(59).join(marks)})' if marks else ''}"
+    return f"{facts['summary']} ({'; '.join(marks)})" if marks else str(facts["summary"])
 
 
 def _brief(value: Any) -> str:
@@ -145,18 +145,19 @@ def _brief(value: Any) -> str:
 
 
 def _contents(plugin: Plugin) -> dict[str, list[str]]:
-    return _by_kind((item.kind, item.name) for item in plugin.items)
-
-
-def _by_kind(pairs: Iterable[tuple[str, str]]) -> dict[str, list[str]]:
+    """Names by kind, in the plural."""
     found: dict[str, list[str]] = {}
-    for kind, name in pairs:
-        found.setdefault(KINDS[kind], []).append(name)
+    for item in plugin.items:
+        found.setdefault(KINDS[item.kind], []).append(item.name)
     return found
 
 
-def _hooks(plugin: Plugin) -> str:
-    return f"listens: {', '.join(hook.removeprefix('shiftproof_') for hook in plugin.hooks)}"
+def _contributes(plugin: Plugin) -> str:
+    contents = [f"{kind}: {', '.join(names)}" for kind, names in _contents(plugin).items()]
+    listens = [
+        hook.removeprefix("shiftproof_") for hook in plugin.hooks if hook.removeprefix("shiftproof_") not in KINDS.values()
+    ]
+    return "; ".join(contents + ([f"listens to: {', '.join(listens)}"] if listens else []))
 
 
 def _plugin_facts(plugin: Plugin) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import io
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+from rich.markup import escape
 from rich.table import Table
 
 from shiftproof.benchmark.errors import InputError
@@ -23,7 +24,7 @@ def render(board: Block, format: str) -> str:
 
     Args:
         board: As built or read.
-        format: "csv" (every metric, values as stored), "markdown" or "latex" (primary metrics, in percent).
+        format: "csv" (all metrics, values as stored), "markdown" or "latex" (primary metrics, in percent).
 
     Raises:
         InputError: If the format is unknown.
@@ -103,7 +104,8 @@ def _notes(board: Block, section: Block) -> Iterator[str]:
     if section["flags"]:
         yield f"All rows together: {', '.join(section['flags'])}."
     for failure in section["failed"]:
-        yield f"Failed: {display_name(failure)}, seed {failure['seed']}, fold {failure['fold']}: {failure['message']}"
+        fold = f", fold {failure['fold']}" if len(section["folds"]) > 1 else ""
+        yield f"Failed: {display_name(failure)}, seed {failure['seed']}{fold}: {failure['message']}."
 
 
 def _markdown(board: Block) -> str:
@@ -134,20 +136,17 @@ _LATEX = {
 def _latex(board: Block) -> str:
     """One `table` environment a section; needs the package booktabs."""
 
-    def escape(text: str) -> str:
+    def plain(text: str) -> str:
         return "".join(_LATEX.get(character, character) for character in text)
 
     def cells(row: Sequence[str]) -> str:
-        return f"{' & '.join(map(escape, row))} \\\\"
+        return f"{' & '.join(map(plain, row))} \\\\"
 
     parts = []
     for section in board["sections"]:
         header = _header(board)
-        parts += [
-            r"\begin{table}",
-            r"\centering",
-            rf"\caption{{{escape(section['title'])}. {escape(' '.join(_notes(board, section)))}}}",
-        ]
+        caption = " ".join([f"{section['title']}.", *_notes(board, section)])
+        parts += [r"\begin{table}", r"\centering", rf"\caption{{{plain(caption)}}}"]
         parts += [rf"\begin{{tabular}}{{l{'r' * (len(header) - 2)}l}}", r"\toprule", cells(header), r"\midrule"]
         parts += [*map(cells, _body(board, section)), r"\bottomrule", r"\end{tabular}", r"\end{table}", ""]
     return "\n".join(parts[:-1]) + "\n"
@@ -157,7 +156,7 @@ def _csv(board: Block) -> str:
     facts = ("title", "stream", "stream_version", "recipe_name", "custom", "tier")
     names = [*_columns(board), *sorted(name for name, metric in board["metrics"].items() if not metric["primary"])]
     fields = ("mean", "std", "low", "high", "pooled_low", "pooled_high", "rank", "rank_low", "rank_high")
-    costs = list(board["sections"][0]["rows"][0]["cost"])
+    costs = sorted(board["sections"][0]["rows"][0]["cost"])
     output = io.StringIO()
     writer = csv.writer(output, lineterminator="\n")
     metric_names = [f"{name}_{field}" for name in names for field in fields]
@@ -182,13 +181,13 @@ _FORMATS: dict[str, Callable[[Block], str]] = {"csv": _csv, "markdown": _markdow
 
 
 def _rich(board: Block, section: Block) -> Table:
-    result = Table(
-        title=section["title"], caption="\n".join(_notes(board, section)), title_justify="left", caption_justify="left"
-    )
+    # Labels hold brackets, which rich would take for markup.
+    caption = escape("\n".join(_notes(board, section)))
+    result = Table(title=escape(section["title"]), caption=caption, title_justify="left", caption_justify="left")
     header = _header(board)
     for place, name in enumerate(header):
         number = 0 < place < len(header) - 1
         result.add_column(name, justify="right" if number else "left", no_wrap=number, overflow="fold")
     for row in _body(board, section):
-        result.add_row(*row)
+        result.add_row(*map(escape, row))
     return result

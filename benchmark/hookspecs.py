@@ -1,4 +1,4 @@
-"""Every extension point. Contributors return specs and have no side effects; observers are read-only and come after the fact."""
+"""Every extension point. Contributors return specs without side effects; observers are read-only and come after the fact."""
 
 from __future__ import annotations
 

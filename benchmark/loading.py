@@ -140,7 +140,8 @@ def _hooks_of(plugin: object) -> tuple[str, ...]:
 def _contributions(kind: str, manager: pluggy.PluginManager) -> tuple[Spec, ...]:
     hook = f"shiftproof_{KINDS[kind]}"
     specs = []
-    for answer in getattr(manager.hook, hook)():
+    for implementation in getattr(manager.hook, hook).get_hookimpls():
+        answer = implementation.function()  # pluggy's own call drops None: a forgotten `return` would pass unseen
         if isinstance(answer, str) or not hasattr(answer, "__iter__"):
             raise InputError(f"expected {hook} to return a list of specs, got {answer!r}")
         specs += [check_spec(kind, spec) for spec in answer]

@@ -152,9 +152,7 @@ def run_plan(plan: Plan, registry: Registry, options: RunOptions, progress: Call
         else:
             outcome.reused += 1
     executor = registry.executor(options.executor).build()
-    done = 0
-    for result in _results(executor.run, waiting, options.jobs):
-        done += 1
+    for done, result in enumerate(_results(executor.run, waiting, options.jobs), start=1):
         cell = by_id[result.run_id]
         _tally(outcome, result, cell, store)
         if progress is not None:

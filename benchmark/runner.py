@@ -8,7 +8,7 @@ import math
 import time
 import traceback
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -102,11 +102,11 @@ class Progress:
     """What a checkpoint holds of the runner's own: everything learned and measured so far."""
 
     learned: int = 0
-    rows: list[list[EvalCounts]] | None = None
-    logs: list[dict[str, float]] | None = None
+    rows: list[list[EvalCounts]] = field(default_factory=list)
+    logs: list[dict[str, float]] = field(default_factory=list)
     seconds: float = 0.0
     eval_seconds: float = 0.0
-    resumed_from: list[int] | None = None
+    resumed_from: list[int] = field(default_factory=list)
 
 
 class CellRun:
@@ -117,10 +117,11 @@ class CellRun:
         self.registry = registry
         self.checkpoint = out / "checkpoints" / f"{cell.run_id}.pt"
         self.device = torch.device(device)
-        self.progress = Progress(rows=[], logs=[], resumed_from=[])
+        self.progress = Progress()
         self.started = time.monotonic()
         self.base_weights_sha256 = ""
         self.where = "before the first experience"
+        self.checkpointer = Checkpointer(self.write_checkpoint, checkpoint_seconds)
         self.context = RunContext(
             cell.request.seed,
             cell.stream.recipe,
@@ -129,18 +130,17 @@ class CellRun:
             cache,
             out / "work" / cell.run_id,
             self.device,
-            Checkpointer(self._write_checkpoint, checkpoint_seconds),
+            self.checkpointer,
         )
 
     def results(self) -> dict[str, Any]:
         """Learn every experience, evaluate, and return the results block."""
-        cell, progress = self.cell, self.progress
-        assert progress.rows is not None
-        assert progress.logs is not None
+        cell = self.cell
         fold = cell.stream.fold(cell.request.fold)
         experiences = lifting.lift(cell.spec, fold)
         strategy = cell.spec.build(cell.config, self.context)
         self._resume(strategy)
+        progress = self.progress
         for position in range(progress.learned, len(experiences)):
             experience = experiences[position]
             self.where = f"experience {experience.name!r}"
@@ -179,7 +179,8 @@ class CellRun:
         self.base_weights_sha256 = sha256({name: _bytes_sha256(tensor) for name, tensor in sorted(weights.items())})
         return Model(build(stream.input_shape), stream.heads), weights
 
-    def _write_checkpoint(self, state: State | None) -> None:
+    def write_checkpoint(self, state: State | None) -> None:
+        """Everything that a later attempt needs, in one file that loads without executing code."""
         buffer = io.BytesIO()
         progress = asdict(replace(self.progress, seconds=self.seconds()))
         torch.save({"progress": progress, "cost": asdict(self.context.cost), "strategy": state}, buffer)
@@ -226,7 +227,7 @@ def run_cell(
     except Exception as failure:  # a stranger's code: whatever it raises becomes the record's reason
         error = _describe(failure, run.where)
     attempts = _attempts(store, cell.run_id) + 1
-    record = _record(cell, registry, run, provenance.block(attempts, run.progress.resumed_from or []), results, error)
+    record = _record(cell, registry, run, provenance.block(attempts, run.progress.resumed_from), results, error)
     store.write(record)
     run.checkpoint.unlink(missing_ok=True)
     registry.observers.run_finished(record)
@@ -236,7 +237,7 @@ def run_cell(
 def _record(
     cell: Cell, registry: Registry, run: CellRun, provenance: dict[str, Any], results: dict[str, Any] | None, error: Any
 ) -> RunRecord:
-    stream, spec, logs = cell.stream, cell.spec, run.progress.logs or []
+    stream, spec, logs = cell.stream, cell.spec, run.progress.logs
     origin = registry.origin("strategy", spec.name)
     seconds = run.seconds()
     return RunRecord(

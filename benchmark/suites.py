@@ -63,7 +63,9 @@ def check_seeds(seeds: Any, where: str) -> tuple[int, ...]:
     Raises:
         InputError: Unless they are integers of 0 or more, each once, and at least one.
     """
-    whole = isinstance(seeds, list) and all(isinstance(seed, int) and not isinstance(seed, bool) and seed >= 0 for seed in seeds)
+    whole = isinstance(seeds, list) and all(
+        isinstance(seed, int) and not isinstance(seed, bool) and seed >= 0 for seed in seeds
+    )
     if not whole or not seeds or len(set(seeds)) != len(seeds):
         raise InputError(f"{where}: expected seeds as integers of 0 or more, each once, got {seeds!r}; write for example 0,1,2")
     return tuple(seeds)

@@ -5,54 +5,57 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from shiftproof.benchmark.errors import InputError
+from shiftproof.strategies.storage import Array, as_array
 
-_TENSORS = ("_cluster", "_inverse_frequency", "_recorded", "_sums", "_error", "_weight", "_cluster_weight")
+_ARRAYS = ("_cluster", "_inverse_frequency", "_recorded", "_sums", "_error", "_weight", "_cluster_weight")
 
 
-def cluster_error(sums: Tensor, counts: Tensor, gamma: float) -> Tensor:
+def cluster_error(sums: Array, counts: Array, gamma: float) -> Array:
     """A_c: mean target loss plus gamma times mean cluster loss of the members recorded so far; 0 where there are none.
 
     Args:
-        sums: (C, 2), sum over members of the target loss and of the cluster loss.
-        counts: (C, 2), over how many members.
+        sums: (C, 2) float64, sum over members of the target loss and of the cluster loss.
+        counts: (C, 2) float64, over how many members.
         gamma: Weight of the cluster loss.
 
     Returns:
-        (C,) of the dtype of `sums`.
+        (C,) float64.
     """
-    means = sums / counts.clamp(min=1)
-    return torch.add(means[:, 0], means[:, 1], alpha=gamma)
+    # Sums that are kept by differences leave rounding noise where the last member has gone, hence the second factor.
+    means = sums / np.maximum(counts, 1) * (counts > 0)
+    return means[:, 0] + gamma * means[:, 1]
 
 
-def raw_weights(inverse_frequency: Tensor, error: Tensor) -> Tensor:
+def raw_weights(inverse_frequency: Array, error: Array) -> Array:
     """(N / N_c) A_c / sum of A: Eq. 4.8 up to a factor that the division by the batch mean removes.
 
     Read as printed, w_c = A_c / N_c makes the loss tiny and dependent on the size of the data set.
 
     Args:
-        inverse_frequency: (C,) float32, N / N_c over the whole training set.
-        error: (C,), A_c of `cluster_error`.
+        inverse_frequency: (C,) float64, N / N_c over the whole training set.
+        error: (C,) float64, A_c of `cluster_error`.
 
     Returns:
-        (C,) float32; `inverse_frequency` where no cluster has an error yet.
+        (C,) float64; `inverse_frequency` where no cluster has an error yet.
     """
     total = error.sum()
-    return inverse_frequency * torch.where(total > 0, error / total, torch.ones_like(error)).float()
+    return inverse_frequency * (error / total) if total > 0 else inverse_frequency
 
 
-def over_batch_mean(weight: Tensor) -> Tensor:
+def over_batch_mean(weight: Array) -> Array:
     """(B,) weights divided by their mean; ones where all of them are 0."""
-    mean = weight.mean()
-    return torch.where(mean > 0, weight / mean, torch.ones_like(weight))
+    total = weight.sum()
+    return weight * (len(weight) / total) if total > 0 else np.ones_like(weight)
 
 
-def exponential_blend(weight: Tensor) -> Tensor:
-    """(B,) w exp(0.05 w) over its batch mean: what the default blend of the released BPA comes to, which uses no older weight."""
-    return over_batch_mean(weight * torch.exp(0.05 * weight))
+def exponential_blend(weight: Array) -> Array:
+    """(B,) w exp(0.05 w) over its batch mean: the default blend of the released BPA, which in effect uses no older weight."""
+    return over_batch_mean(weight * np.exp(0.05 * weight))
 
 
 class ClusterWeights:
@@ -63,18 +66,21 @@ class ClusterWeights:
     weight = weights.of(batch.index, epoch)
     weights.update(batch.index, target_losses, cluster_losses, epoch)
     ```
-    The defaults are ClusterFix and LwS as released; `ClusterWeights.bpa_released()` is BPA as released. BPA as its paper has it
-    is `gamma=0, momentum=0.3`; without any momentum, `gamma=0, momentum=1, applied="current"`.
+    The defaults are the rule of the released LwS, which serves ClusterFix, too. `ClusterWeights.bpa_released()` is BPA as
+    released; `gamma=0, momentum=1, applied="current"` is Eq. 4.5 without any of the release's details.
 
-    Make it where the strategy is made, and `start` it with the clusters of each experience. State follows the batch's device.
+    Make it where the strategy is made, and `start` it with the clusters of each experience.
+
+    State is numpy arrays on the CPU, whatever the device of a batch: a step of a small model takes 2 ms, of which the thirty
+    operations of an update would take a tenth in torch. On a GPU an update waits for the losses to be computed.
 
     Args:
-        gamma: Weight of the cluster loss in a cluster's error, at least 0. Chapter 4 gives no value; 0.5 is the "lambda" of 4.3.1.
+        gamma: Weight of the cluster loss in a cluster's error, at least 0. Chapter 4 gives none; 0.5 is the "lambda" of 4.3.1.
         momentum: m in (0, 1]: new = (1 - m) old + m fresh from epoch 1 on, and fresh in epoch 0; 1 is off.
-        state: What has momentum: the weight of each sample, after division by the mean of its batch (released LwS; stored without
-            normalising again), or the weight of each cluster, before it (as the text words it).
-        applied: For `state="sample"`: "stored" gives the weight computed after the sample's last visit, 1 before the first one
-            (released LwS); "current" computes it from the losses recorded so far (BPA).
+        state: What has momentum: the weight of each sample, after division by the mean of its batch (released LwS; stored
+            without normalising again), or the weight of each cluster, before it (as the text words it).
+        applied: For `state="sample"`: "stored" gives the weight computed after the sample's last visit, 1 before the first
+            one (released LwS); "current" computes it from the losses recorded so far (BPA).
         zero_is_unseen: A recorded loss of exactly 0 does not count as a member (released LwS).
         refresh_every: Steps between two computations of the clusters' errors (BPA: 10, and at `end_epoch`).
         sizes_until_seen: Use N / N_c alone until every sample has been recorded once (BPA).
@@ -132,17 +138,18 @@ class ClusterWeights:
         """
         if cluster.ndim != 1 or len(cluster) == 0 or int(cluster.min()) < 0:
             raise InputError(f"expected (N,) cluster ids from 0, N > 0, got shape {tuple(cluster.shape)}")
-        sizes = cluster.bincount()
-        self._cluster = cluster
-        self._inverse_frequency = len(cluster) / sizes.clamp(min=1).float()  # (C,)
-        self._recorded = cluster.new_full((len(cluster), 2), -1, dtype=torch.float32)  # latest target and cluster loss
+        self._cluster = as_array(cluster)
+        sizes = np.bincount(self._cluster)
+        self._inverse_frequency = len(cluster) / np.maximum(sizes, 1)  # (C,) float64
+        self._recorded = np.full((len(cluster), 2), -1.0)  # latest target and cluster loss
         # Kept up to date by differences, so that a step costs O(B), not O(N); float64, so that they do not drift.
-        self._sums = cluster.new_zeros((len(sizes), 4), dtype=torch.float64)  # of both losses, and their counts
-        self._error = cluster.new_zeros(len(sizes), dtype=torch.float64)
-        self._weight = cluster.new_ones(len(cluster), dtype=torch.float32)  # state="sample"
-        self._cluster_weight = cluster.new_ones(len(sizes), dtype=torch.float32)  # state="cluster"
+        self._sums = np.zeros((len(sizes), 4))  # of both losses, and their counts
+        self._error = np.zeros(len(sizes))
+        self._weight = np.ones(len(cluster))  # state="sample"
+        self._cluster_weight = self._inverse_frequency if self.sizes_until_seen else np.ones(len(sizes))  # state="cluster"
+        self._place = np.zeros_like(self._cluster)  # scratch
         self._steps = 0
-        self._all_seen = False
+        self._unseen = len(cluster)  # samples without a record
 
     def of(self, index: Tensor, epoch: int) -> Tensor:
         """(B,) float32 weights to apply now.
@@ -151,34 +158,39 @@ class ClusterWeights:
             index: (B,) int64, positions in the training set.
             epoch: Counted from 0 within the experience.
         """
-        self._follow(index.device)
+        rows = as_array(index)
         if self.state == "cluster":
-            weight = over_batch_mean(self._cluster_weight.index_select(0, self._cluster.index_select(0, index)))
+            weight = over_batch_mean(self._cluster_weight[self._cluster[rows]])
         elif self.applied == "stored":
-            weight = self._weight.index_select(0, index)
+            weight = self._weight[rows]
         else:
-            weight = self._fresh(index, epoch)
-        return exponential_blend(weight) if self.exponential else weight
+            weight = self._fresh(rows, epoch)
+        if self.exponential:
+            weight = exponential_blend(weight)
+        return torch.from_numpy(weight.astype(np.float32)).to(index.device)
 
     def update(self, index: Tensor, target_losses: Tensor, cluster_losses: Tensor | None, epoch: int) -> None:
         """Record the losses of a step.
 
         Args:
             index: (B,) int64. Where a sample occurs twice, one of its losses is recorded.
-            target_losses: (B,) at least 0, not weighted; gradients are cut off.
+            target_losses: (B,) float32, at least 0, not weighted; gradients are cut off.
             cluster_losses: (B,) likewise; None where there is no cluster head.
             epoch: As given to `of`.
         """
-        self._follow(index.device)
+        rows = as_array(index)
+        losses = np.zeros((len(rows), 2))
+        losses[:, 0] = as_array(target_losses)
+        if cluster_losses is not None:
+            losses[:, 1] = as_array(cluster_losses)
         if self.state == "sample" and self.applied == "current" and self.momentum < 1:
-            self._weight[index] = self._fresh(index, epoch)  # what `of` gave, which this step has applied
-        pseudo = torch.zeros_like(target_losses) if cluster_losses is None else cluster_losses
-        self._record(index, torch.stack((target_losses.detach(), pseudo.detach()), 1).float())
+            self._weight[rows] = self._fresh(rows, epoch)  # what `of` gave: this step has applied it
+        self._record(rows, losses)
         self._steps += 1
         if self._steps % self.refresh_every == 0:
             self._refresh(epoch)
         if self.state == "sample" and self.applied == "stored":
-            self._weight[index] = self._fresh(index, epoch)
+            self._weight[rows] = self._fresh(rows, epoch)
 
     def end_epoch(self, epoch: int) -> None:
         """Compute the errors anew whatever `refresh_every` says, and count steps from 0; not needed where that is 1."""
@@ -188,49 +200,45 @@ class ClusterWeights:
 
     def state_dict(self) -> dict[str, Any]:
         """The recorded losses and what follows from them; not the knobs."""
-        tensors = {name: getattr(self, name) for name in _TENSORS}
-        return {**tensors, "steps": self._steps, "all_seen": self._all_seen}
+        tensors = {name: torch.from_numpy(getattr(self, name).copy()) for name in _ARRAYS}
+        return {**tensors, "steps": self._steps, "unseen": self._unseen}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over a state."""
-        for name in _TENSORS:
-            setattr(self, name, state[name].clone())
-        self._steps, self._all_seen = state["steps"], state["all_seen"]
+        for name in _ARRAYS:
+            setattr(self, name, as_array(state[name]).copy())
+        self._place = np.zeros_like(self._cluster)
+        self._steps, self._unseen = state["steps"], state["unseen"]
 
-    def _record(self, index: Tensor, losses: Tensor) -> None:
-        before = self._recorded.index_select(0, index)  # (B, 2)
-        self._recorded[index] = losses
-        after = self._recorded.index_select(0, index)
-        change = self._tally(after) - self._tally(before)  # (B, 4)
-        self._sums.index_add_(0, self._cluster.index_select(0, index), change)
+    def _record(self, rows: Array, losses: Array) -> None:
+        before = self._recorded[rows]  # (B, 2)
+        self._recorded[rows] = losses
+        # Where a sample occurs twice in the batch, the later occurrence stays in the record, and it alone may count.
+        place = np.arange(len(rows))
+        self._place[rows] = place
+        counts = self._place[rows] == place
+        self._unseen -= int(np.count_nonzero(counts & (before[:, 0] < 0)))
+        change = (self._tally(losses) - self._tally(before)) * counts[:, None]  # (B, 4)
+        np.add.at(self._sums, self._cluster[rows], change)
 
-    def _tally(self, losses: Tensor) -> Tensor:
+    def _tally(self, losses: Array) -> Array:
         counts = losses > self._unseen_up_to
-        return torch.cat((losses * counts, counts), 1).double()
+        return np.concatenate((losses * counts, counts), axis=1)
 
     def _refresh(self, epoch: int) -> None:
         self._error = cluster_error(self._sums[:, :2], self._sums[:, 2:], self.gamma)
         if self.state == "cluster":
             fresh = self._raw()
-            old = self._cluster_weight
-            blended = old.lerp(fresh, self.momentum) if epoch > 0 else fresh
+            blended = self._blend(self._cluster_weight, fresh, epoch)
             # A cluster nobody has been seen of keeps its weight: 0 would keep it from being learned.
-            self._cluster_weight = torch.where(self._error > 0, blended, old)
+            self._cluster_weight = np.where(fresh > 0, blended, self._cluster_weight)
 
-    def _raw(self) -> Tensor:
-        if self.sizes_until_seen and not self._all_seen:
-            self._all_seen = bool((self._recorded[:, 0] >= 0).all())
-            if not self._all_seen:
-                return self._inverse_frequency
-        return raw_weights(self._inverse_frequency, self._error)
+    def _raw(self) -> Array:
+        sizes_only = self.sizes_until_seen and self._unseen > 0
+        return self._inverse_frequency if sizes_only else raw_weights(self._inverse_frequency, self._error)
 
-    def _fresh(self, index: Tensor, epoch: int) -> Tensor:
-        weight = over_batch_mean(self._raw().index_select(0, self._cluster.index_select(0, index)))
-        if epoch == 0 or self.momentum == 1:
-            return weight
-        return self._weight.index_select(0, index).lerp(weight, self.momentum)
+    def _fresh(self, rows: Array, epoch: int) -> Array:
+        return self._blend(self._weight[rows], over_batch_mean(self._raw()[self._cluster[rows]]), epoch)
 
-    def _follow(self, device: torch.device) -> None:
-        if self._cluster.device != device:
-            for name in _TENSORS:
-                setattr(self, name, getattr(self, name).to(device))
+    def _blend(self, old: Array, fresh: Array, epoch: int) -> Array:
+        return fresh if epoch == 0 or self.momentum == 1 else (1 - self.momentum) * old + self.momentum * fresh

@@ -6,7 +6,7 @@ import importlib
 import importlib.util
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, reduce
 from typing import Any, Literal
 
 import numpy as np
@@ -78,7 +78,7 @@ def kmeans(
         seed: Any integer; nothing global is drawn from.
         distance: Cosine (BPA, LwS) or Euclidean.
         iterations: Of Lloyd's algorithm.
-        restarts: The run with the least inertia wins.
+        restarts: The run with the least inertia wins, the first of equals.
         backend: "auto" is faiss where it is installed and scikit-learn elsewhere. Seeds are the same for both.
 
     Returns:
@@ -92,7 +92,8 @@ def kmeans(
     rows, solve = _rows(features, distance), _backend(backend)
     with threadpool_limits(limits=1):
         runs = (_run(rows, k, rng, solve, iterations, distance) for rng in _generators(seed, restarts))
-        return min(runs, key=lambda run: run.inertia)
+        # Runs that differ in rounding only are the same partition under other numbers; the first keeps its numbers.
+        return reduce(lambda best, run: run if run.inertia < (1 - 1e-6) * best.inertia else best, runs)
 
 
 def cluster_per_class(

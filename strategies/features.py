@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from shiftproof.benchmark import Batch, DataExperience, Model, RunContext
 from shiftproof.benchmark.evaluation import EVAL_BATCH, evaluating
+from shiftproof.benchmark.records import PROTOCOL_VERSION
 from shiftproof.strategies.training import TrainingStrategy
 
 Source = Literal["base", "erm"]
@@ -35,9 +36,16 @@ def extract_features(context: RunContext, experience: DataExperience, source: So
         source: "base" is what ClusterFix and LwS cluster (thesis 4.2.1, 5.3.1: self-supervised and frozen), "erm" what BPA and
             George cluster: the base fine-tuned on this experience with the stream's recipe.
     """
-    key = {"source": source, "base": context.base_sha256, "data": experience.train.sha256(), **_versions(context)}
+    key: dict[str, str | int] = {
+        "source": source,
+        "base": context.base_sha256,
+        "data": experience.train.sha256(),
+        "device": context.device.type,
+        "torch": torch.__version__,
+        "protocol": PROTOCOL_VERSION,
+    }
     if source == "erm":
-        key |= {"seed": context.seed, "recipe": repr(context.recipe), "task": experience.task}
+        key |= {"seed": context.seed, "recipe": repr(context.recipe), "experience": experience.index, "task": experience.task}
 
     def make() -> dict[str, Tensor]:
         model = context.new_model() if source == "base" else _erm(context, experience)
@@ -58,12 +66,6 @@ def encode(model: Model, experience: DataExperience, device: torch.device) -> Te
     return torch.cat(parts)
 
 
-def frozen(model: Model) -> Model:
-    """The model in evaluation mode, out of the optimizer's reach."""
-    nn.Module.requires_grad_(model, False)
-    return model.eval()
-
-
 def _erm(context: RunContext, experience: DataExperience) -> Model:
     own = copy.copy(context)
     own.cost = copy.copy(context.cost)
@@ -71,7 +73,3 @@ def _erm(context: RunContext, experience: DataExperience) -> Model:
     strategy = _Erm(_NoKnobs(), own)
     strategy.learn(experience)
     return strategy.net
-
-
-def _versions(context: RunContext) -> dict[str, str]:
-    return {"device": context.device.type, "torch": torch.__version__}

@@ -39,20 +39,9 @@ class Heads(nn.Module):
         logits: Tensor = self.heads[name](features)
         return logits
 
-    def select(self, features: Tensor, names: list[str], position: Tensor, width: int) -> Tensor:
-        """(B, width) logits where sample i is answered by head `names[position[i]]`.
-
-        Args:
-            features: (B, D) float32.
-            position: (B,) int64, index into `names`.
-            width: Classes of the widest head; the missing classes of a narrower one get the lowest finite value.
-        """
-        lowest = torch.finfo(features.dtype).min
-        every = []
-        for name in names:
-            logits = self(features, name)
-            every.append(nn.functional.pad(logits, (0, width - logits.shape[1]), value=lowest))
-        return torch.stack(every, dim=1)[torch.arange(len(position), device=position.device), position]
+    def every(self, features: Tensor) -> Tensor:
+        """(B, classes of all heads) logits by all heads, in order of birth."""
+        return torch.cat([self(features, name) for name in self.heads], dim=1)
 
     def sizes(self) -> dict[str, list[int]]:
         """(classes, features) of each head, in order of birth: what a checkpoint needs to rebuild them."""

@@ -96,13 +96,19 @@ class GroupBalancedBuffer(Buffer):
         cells = rows["_cell"] = as_array(cell)
         if cells.min() < 0:
             raise InputError(f"expected cell ids from 0, got {cells.min()}")
-        self._count = np.pad(self._count, (0, max(0, int(cells.max()) + 1 - len(self._count))))
+        if cells.max() >= len(self._count):
+            self._count = np.pad(self._count, (0, int(cells.max()) + 1 - len(self._count)))
+        for piece in self._pieces(cells):
+            self._add_piece(rows, piece, generator)
+
+    def _pieces(self, cells: Array) -> list[Array]:
+        """Positions of the batch, cut where a new cell arrives: it lowers the cap for what follows."""
+        everything = np.arange(len(cells))
+        if (self._count[cells] > 0).all():
+            return [everything]
         present, first = np.unique(cells, return_index=True)
         newcomers = np.sort(first[self._count[present] == 0])
-        # Each new cell lowers the cap for what follows it, so the batch is taken piece by piece.
-        for piece in np.split(np.arange(len(cells)), newcomers):
-            if len(piece):
-                self._add_piece(rows, piece, generator)
+        return [piece for piece in np.split(everything, newcomers) if len(piece)]
 
     def _add_piece(self, rows: Mapping[str, Array], piece: Array, generator: torch.Generator) -> None:
         cells = rows["_cell"][piece]
@@ -220,9 +226,10 @@ class LossBinnedBuffer(Buffer):
         low, high = self._range
         self._range = low, high = min(low, float(values.min())), max(high, float(values.max()))
         bins = loss_bins(values, low, high, self.bins)
-        taken = np.flatnonzero(within_quota(bins, share - self._filled, np.arange(len(bins))))
-        if len(taken) == 0:
+        room = share - self._filled
+        if (room[bins] <= 0).all():
             return
+        taken = np.flatnonzero(within_quota(bins, room, np.arange(len(bins))))
         appended = np.arange(self._inserted, max(self._inserted, min(self._inserted + len(taken), self.capacity)))
         drawn = torch.randint(self.capacity, (len(taken) - len(appended),), generator=generator).numpy()
         rows.update(_bin=bins, _origin=np.full_like(bins, self._tasks))

@@ -47,6 +47,7 @@ class Buffer:
         self.capacity = capacity
         self._size = 0
         self._columns: dict[str, Tensor] = {}  # each (capacity, ...); names with '_' are the buffer's own
+        self._shapes: dict[str, tuple[int, ...]] = {}  # of one row, of what is not the buffer's own
 
     def __len__(self) -> int:
         return self._size
@@ -84,11 +85,10 @@ class Buffer:
         """
         if state["capacity"] != self.capacity:
             raise InputError(f"expected the state of a buffer of capacity {self.capacity}, got one of {state['capacity']}")
-        self._columns = {}
-        self._size = 0
+        self._columns, self._shapes, self._size = {}, {}, 0
         for name, stored in state["columns"].items():
             self._size = len(stored)
-            self._columns[name] = stored.new_zeros((self.capacity, *stored.shape[1:]), device="cpu")
+            self._allocate(name, stored)
             self._columns[name][: self._size] = stored
         self._restore(state["counters"])
 
@@ -111,19 +111,22 @@ class Buffer:
             sizes = {name: tuple(row.shape) for name, row in {**rows, **own}.items()}
             raise InputError(f"expected as many rows everywhere, and at least one, got {sizes}")
         arrays = {name: as_array(row) for name, row in rows.items()}
-        if self._columns:
-            given = {name: row.shape[1:] for name, row in arrays.items()}
-            stored = {name: tuple(column.shape[1:]) for name, column in self._columns.items() if name[0] != "_"}
-            if given != stored:
-                raise InputError(f"expected rows of the names and shapes stored already, {stored}, got {given}")
+        shapes = {name: row.shape[1:] for name, row in arrays.items()}
+        if self._shapes and shapes != self._shapes:
+            raise InputError(f"expected rows of the names and shapes stored already, {self._shapes}, got {shapes}")
         return arrays
 
     def _write(self, slots: Array, rows: Mapping[str, Array], positions: Array) -> None:
         """Put `rows[positions]` into `slots`. Where a slot occurs twice, the later row stays, as numpy promises."""
         for name, row in rows.items():
             if name not in self._columns:
-                self._columns[name] = torch.zeros((self.capacity, *row.shape[1:]), dtype=torch.from_numpy(row[:0]).dtype)
+                self._allocate(name, torch.from_numpy(row[:0]))
             self._columns[name].numpy()[slots] = row[positions]
+
+    def _allocate(self, name: str, like: Tensor) -> None:
+        self._columns[name] = like.new_zeros((self.capacity, *like.shape[1:]), device="cpu")
+        if name[0] != "_":
+            self._shapes[name] = tuple(like.shape[1:])
 
     def _own(self, name: str) -> Array:
         """A column of the buffer's own, slots in use only; empty before the first sample."""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from shiftproof.benchmark import Batch, DataExperience, Model, Recipe, RunContext, as_float
 from shiftproof.benchmark.errors import NotFiniteError
-from shiftproof.strategies.augment import augment
+from shiftproof.strategies.augmentation import augment
 from shiftproof.strategies.replay import Memory
 from shiftproof.strategies.state import decode, encode
 
@@ -199,6 +199,13 @@ class TrainingStrategy(ABC, Generic[C]):
         if state["optimizer"] is not None:
             self._optimizer = make_optimizer(self.recipe, list(self.parameters()))
             self._optimizer.load_state_dict(state["optimizer"])
+
+
+def joined(first: Batch, second: Batch) -> Batch:
+    """Two batches as one; `index` no longer means anything."""
+    return Batch(
+        *(torch.cat([getattr(first, name), getattr(second, name)]) for name in ("x", "y", "index", "task")),
+    )
 
 
 def make_optimizer(recipe: Recipe, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:

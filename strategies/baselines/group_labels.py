@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from shiftproof.benchmark import Batch, GroupedExperience, RunContext, StrategySpec, hookimpl
-from shiftproof.strategies import GroupBalancedBuffer, TrainingStrategy
-from shiftproof.strategies.baselines.rehearsal import ReplayConfig, joined
+from shiftproof.strategies import GroupBalancedBuffer, GroupWeights, TrainingStrategy, joined
+from shiftproof.strategies.baselines.rehearsal import ReplayConfig
 
 
 @dataclass(frozen=True)
@@ -81,14 +81,51 @@ class GroupBalancedReplay(TrainingStrategy[GroupBalancedReplayConfig]):
         return model
 
 
+@dataclass(frozen=True)
+class GroupDroConfig:
+    """Defaults of the paper; the released code adds the adjustment to the loss, too."""
+
+    step: Annotated[float, Gt(0)] = 0.01  # of the group weights
+    adjustment: Annotated[float, Ge(0)] = 0.0  # C, added as C / sqrt(n_g); 0 = off
+    adjust_loss: bool = False  # the adjustment enters the loss as well; released: True
+
+
+class GroupDro(TrainingStrategy[GroupDroConfig]):
+    """Minimizes the loss of the worst group, Eq. 4.2, by exponentiated gradient."""
+
+    def __init__(self, config: GroupDroConfig, context: RunContext) -> None:
+        super().__init__(config, context)
+        self.weights = GroupWeights(step=config.step, adjustment=config.adjustment, adjust_loss=config.adjust_loss)
+        self.groups = torch.zeros(0, dtype=torch.int64)  # (N,)
+
+    def before_experience(self, experience: Any) -> None:
+        """Uniform weights over the groups that have samples."""
+        self.groups = experience.groups.to(self.device)
+        self.weights.start(self.groups.bincount())
+
+    def loss(self, batch: Batch) -> Tensor:
+        """Sum over groups of q_g times the group's mean loss."""
+        losses = F.cross_entropy(self.logits(batch), batch.y, reduction="none")
+        return self.weights.loss(losses, self.groups[batch.index])
+
+
 def _count(ids: Tensor) -> int:
     return int(ids.max()) + 1
 
 
 @hookimpl
 def shiftproof_strategies() -> list[StrategySpec[Any]]:
-    """`bgs`."""
+    """`gdro` and `bgs`."""
     return [
+        StrategySpec(
+            "gdro",
+            GroupDro,
+            GroupDroConfig,
+            GroupedExperience,
+            reference="Sagawa et al., Distributionally Robust Neural Networks for Group Shifts, ICLR 2020, arXiv:1911.08731",
+            presets={"released": GroupDroConfig(adjust_loss=True)},
+            uses_group_labels=True,
+        ),
         StrategySpec(
             "bgs",
             GroupBalancedReplay,

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from shiftproof.benchmark import Batch, DataExperience, RunContext, StrategySpec, hookimpl
-from shiftproof.strategies import ReservoirBuffer, TrainingStrategy
+from shiftproof.strategies import ReservoirBuffer, TrainingStrategy, joined
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class DarkReplay(ExperienceReplay):
 
     def __init__(self, config: DarkReplayConfig, context: RunContext) -> None:
         super().__init__(config, context)
-        self.classes = max(head.out_features for head in self.net.heads.values())  # type: ignore[union-attr, type-var]
+        self.classes: int = max(self.net.head(int(task)).out_features for task in self.net.heads)
         self.last_logits = torch.zeros(0)
 
     def loss(self, batch: Batch) -> Tensor:
@@ -101,13 +101,6 @@ class DarkReplay(ExperienceReplay):
         logits = F.pad(self.last_logits, (0, self.classes - self.last_logits.shape[1]))
         generator = self.generator("reservoir")
         self.buffer.add(self.stored(batch), batch.y, batch.task, generator, {"logits": logits.cpu()})
-
-
-def joined(first: Batch, second: Batch) -> Batch:
-    """Two batches as one; `index` no longer means anything."""
-    return Batch(
-        *(torch.cat([getattr(first, name), getattr(second, name)]) for name in ("x", "y", "index", "task")),
-    )
 
 
 @hookimpl

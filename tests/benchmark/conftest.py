@@ -107,7 +107,7 @@ class Blocks:
                 block[name] = value["name"] if block is self.protocol and isinstance(value, dict) else value
 
 
-def results_of(counts: Counts, experiences: int) -> dict[str, Any]:
+def results_of(counts: Counts, experiences: Sequence[str]) -> dict[str, Any]:
     """Two classes; the classes of an eval set halve the sums over its groups."""
 
     def classes(cell: Sequence[tuple[int, int]]) -> list[list[int]]:
@@ -115,7 +115,7 @@ def results_of(counts: Counts, experiences: int) -> dict[str, Any]:
         return [[correct // 2, total // 2], [correct - correct // 2, total - total // 2]]
 
     return {
-        "experiences": [f"task-{i}" for i in range(experiences)],
+        "experiences": list(experiences),
         "eval_sets": [{"name": f"task-{j}", "groups": [f"g{g}" for g in range(len(cell))]} for j, cell in enumerate(counts[0])],
         "counts": [[[list(pair) for pair in cell] for cell in row] for row in counts],
         "class_counts": [[classes(cell) for cell in row] for row in counts],
@@ -134,10 +134,11 @@ def _make_record(
     strategy: str = "sgd", seed: int = 0, counts: Counts | None = None, *, failed: bool = False, **changes: Any
 ) -> RunRecord:
     label = changes.pop("label", strategy)
+    experiences = changes.pop("experiences", None)
     blocks = Blocks(identity(strategy, seed), dict(PROTOCOL), dict(PROVENANCE), dict(COST))
     blocks.change(changes)
     counts = simple_counts(strategy, seed) if counts is None else counts
-    results = None if failed else results_of(counts, len(counts))
+    results = None if failed else results_of(counts, experiences or [f"task-{i}" for i in range(len(counts))])
     record = RunRecord(
         run_id=sha256(blocks.identity),
         status="failed" if failed else "finished",
