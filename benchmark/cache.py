@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-import os
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import filelock
-import platformdirs
 import safetensors.torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from shiftproof.benchmark.errors import OutputError
+from shiftproof.benchmark.folders import cache_folder
 from shiftproof.benchmark.records import sha256, write_atomically
-
-
-def cache_folder() -> Path:
-    """`SHIFTPROOF_CACHE`, or the user's cache folder on this system."""
-    named = os.environ.get("SHIFTPROOF_CACHE")
-    return Path(named) if named else Path(platformdirs.user_cache_dir("shiftproof"))
 
 
 class Cache:
@@ -41,25 +36,51 @@ class Cache:
             kind: Readable folder name, such as "base" or "features".
             key: JSON values that determine the content.
             make: Called without arguments where nothing is stored yet.
+
+        Raises:
+            OutputError: If the cache folder cannot be written.
         """
         path = self.folder / kind / f"{sha256([kind, key])}.safetensors"
         stored = _read(path)
         if stored is not None:
             return stored
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with filelock.FileLock(path.with_suffix(".lock")):
+        with locked(path.with_suffix(".lock")):
             stored = _read(path)
             if stored is None:
                 self.made[kind] += 1
-                content = {name: tensor.detach().cpu().contiguous() for name, tensor in make().items()}
+                content = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in make().items()}
                 write_atomically(path, safetensors.torch.save(content))
                 stored = content
         return dict(stored)
 
 
+@contextmanager
+def locked(path: Path, *, wait: bool = True) -> Iterator[None]:
+    """Hold a lock between processes; a process that dies lets go of it.
+
+    Raises:
+        filelock.Timeout: If another process holds it and `wait` is False.
+        OutputError: If the lock file cannot be written.
+    """
+    lock = filelock.FileLock(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=-1 if wait else 0)
+    except filelock.Timeout:
+        raise
+    except OSError as error:
+        raise OutputError(
+            f"expected to write {path.name} into {path.parent}, got: {error.strerror}; choose another folder"
+        ) from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
 def _read(path: Path) -> dict[str, Tensor] | None:
-    """Stored tensors; a file that is damaged counts as absent, since its content can be made again."""
+    """Stored tensors; a file that is damaged or unreadable counts as absent, since its content can be made again."""
     try:
         return safetensors.torch.load(path.read_bytes())
-    except (FileNotFoundError, SafetensorError):
+    except (OSError, SafetensorError):
         return None

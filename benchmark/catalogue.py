@@ -25,6 +25,7 @@ from shiftproof.benchmark.names import KINDS, conflict, problems_hint, unknown
 
 FORMAT = 1  # raised when rows look different
 READERS = ("shiftproof.benchmark.contracts", "shiftproof.benchmark.harvest")
+OURS = ("shiftproof.benchmark", "shiftproof.strategies", "shiftproof.plugins")
 TIMEOUT = 120.0  # seconds for one child process
 
 Rows = dict[str, dict[str, Any]]
@@ -146,7 +147,7 @@ def _update(path: Path, entries: list[Entry], refresh: bool) -> Rows:
         stale = entries if refresh else _stale(entries, rows)
         keys = _keys(stale)  # taken before: an edit during the harvest is seen next time
         for name, row in _harvest(stale).items():
-            rows[name] = {**row, "key": keys[name], "packages": _packages() if _may_change(row) else None}
+            rows[name] = {**row, "key": keys[name], "around": _around(row)}
         write_atomically(path, json.dumps({"format": FORMAT, "plugins": rows}, indent=1, sort_keys=True))
     return rows
 
@@ -183,11 +184,11 @@ def _read(path: Path) -> Rows:
 
 
 def _stale(entries: Sequence[Entry], rows: Rows) -> list[Entry]:
-    keys, packages = _keys(entries), _packages()
+    keys = _keys(entries)
 
     def is_fresh(entry: Entry) -> bool:
         row = rows.get(str(entry), {})
-        return row.get("key") == keys[str(entry)] and row.get("packages") in (None, packages)
+        return row.get("key") == keys[str(entry)] and row["around"] == _around(row)
 
     return [entry for entry in entries if not is_fresh(entry)]
 
@@ -198,14 +199,13 @@ def _keys(entries: Sequence[Entry]) -> dict[str, list[Any]]:
     return {str(entry): [entry.value, fingerprint(entry.module), readers] for entry in entries}
 
 
-def _packages() -> int:
-    """Changes when a package is installed or removed."""
-    return sum(Path(sysconfig.get_path(name)).stat().st_mtime_ns for name in ("purelib", "platlib"))
-
-
-def _may_change(row: Mapping[str, Any]) -> bool:
-    """True for rows that an installed package may mend: broken plugins, and whatever misses an extra."""
-    return row["status"] == "broken" or any(item["facts"].get("unavailable") for item in row["items"])
+def _around(row: Mapping[str, Any]) -> list[Any]:
+    """What else may change a row: packages for what misses an extra, and shiftproof itself for a plugin that is broken."""
+    is_broken = row["status"] == "broken"
+    if not is_broken and not any(item["facts"].get("unavailable") for item in row["items"]):
+        return []
+    folders = [Path(sysconfig.get_path(name)) for name in ("purelib", "platlib")]
+    return [[folder.stat().st_mtime_ns for folder in folders], *(fingerprint(package) for package in OURS if is_broken)]
 
 
 def _harvest(entries: list[Entry]) -> Rows:

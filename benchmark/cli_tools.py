@@ -36,11 +36,11 @@ def check(
     plugin: PluginFiles = [],  # noqa: B006
 ) -> None:
     """Run the conformance kit on a strategy; exit with 1 if it does not pass."""
-    registry_for(catalogue(), {"strategy": [name.partition("@")[0]]}, plugin)
+    registry = registry_for(catalogue(), {"strategy": [name.partition("@")[0]]}, plugin)
 
     from shiftproof.benchmark.conformance import check_strategy
 
-    results = check_strategy(name, plugin)
+    results = check_strategy(name, registry=registry)
     rows = [[result.name, "ok" if result.passed else "failed", result.detail] for result in results]
     print_table(["check", "result", "detail"], rows)
     if not all(result.passed for result in results):

@@ -64,9 +64,7 @@ def resolve(config: C, pairs: Iterable[tuple[str, str]], owner: str = "") -> C:
             changes[key] = _parse(hints[key], text)
         except ValueError as error:
             now = show_value(getattr(config, key))
-            raise InputError(
-                f"{prefix}{key}: expected {type_text(hints[key])}, got {text!r}; without it {now} is used"
-            ) from error
+            raise InputError(f"{prefix}{key}: expected {type_text(hints[key])}, got {text!r}; unset it is {now}") from error
     try:
         return dataclasses.replace(config, **changes)  # type: ignore[type-var]
     except (TypeError, ValueError) as error:

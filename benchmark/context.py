@@ -47,9 +47,13 @@ class Checkpointer:
         self.seconds = seconds
         self.share = CHECKPOINT_SHARE if seconds > 0 else 1.0
         self.next = time.monotonic() + seconds
+        self.tried = False
 
     def tick(self, state: Callable[[], State]) -> None:
-        """Write a checkpoint if one is due."""
+        """Write a checkpoint if one is due. What cannot be saved is an error at the first tick, not half a minute later."""
+        if not self.tried:
+            self.tried = True
+            state()
         started = time.monotonic()
         if started < self.next:
             return
@@ -91,6 +95,10 @@ class RunContext:
         self._base = base
         self._prototype: Model | None = None
         self._checkpointer = checkpointer
+
+    def __deepcopy__(self, memo: dict[int, object]) -> RunContext:
+        """There is one context in a cell: a copied strategy or container keeps it, and does not drag the data along."""
+        return self
 
     def generator(self, purpose: str, *position: int | str) -> torch.Generator:
         """A fresh CPU generator for one purpose at one position: nothing to checkpoint, and no purpose shifts another.

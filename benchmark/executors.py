@@ -40,11 +40,16 @@ class InlineExecutor:
 
     def run(self, jobs: Sequence[Job], workers: int) -> Iterator[JobResult]:
         """Run the jobs in order; `workers` is not used."""
-        from shiftproof.benchmark.jobs import execute, limit_threads  # needs torch
+        import torch
 
-        limit_threads()
-        for job in jobs:
-            yield execute(job)
+        from shiftproof.benchmark.jobs import execute  # needs torch
+
+        threads = torch.get_num_threads()
+        try:
+            for job in jobs:
+                yield execute(job)
+        finally:
+            torch.set_num_threads(threads)
 
 
 class ProcessExecutor:

@@ -56,8 +56,9 @@ class ArrayData:
         return len(self.y)
 
     def inputs(self, index: Tensor | slice) -> Tensor:
-        """(B, ...) float32 inputs at `index`; uint8 is scaled to [0, 1]."""
-        return as_float(self.x[index])
+        """(B, ...) float32 inputs at `index`, a copy that may be altered; uint8 is scaled to [0, 1]."""
+        chosen = self.x[index]  # a slice is a view of what is stored
+        return as_float(chosen) if chosen.dtype == torch.uint8 or not isinstance(index, slice) else chosen.clone()
 
     def sha256(self) -> str:
         """Hash over shapes, dtypes and bytes of inputs and targets."""
@@ -106,6 +107,10 @@ class GroupedExperience(DataExperience):
     """
 
     groups: Tensor
+
+    def __post_init__(self) -> None:
+        if self.groups.shape != self.train.y.shape:
+            raise ValueError(f"expected one group for each of {len(self.train)} samples, got {tuple(self.groups.shape)}")
 
     def without_groups(self) -> DataExperience:
         """The same experience as every other strategy sees it."""

@@ -15,6 +15,7 @@ from shiftproof.benchmark.errors import InputError
 ORDER = ("average", "worst", "forgetting")  # of the columns; other primary metrics follow by name
 RANKED_BY = "worst"
 MISSING = "–"
+NAME_WIDTH = 28  # of 100 columns
 
 Block = Mapping[str, Any]
 
@@ -185,9 +186,12 @@ def _rich(board: Block, section: Block) -> Table:
     caption = escape("\n".join(_notes(board, section)))
     result = Table(title=escape(section["title"]), caption=caption, title_justify="left", caption_justify="left")
     header = _header(board)
+    longest = max((len(display_name(row)) for row in section["rows"]), default=0)
     for place, name in enumerate(header):
         number = 0 < place < len(header) - 1
-        result.add_column(name, justify="right" if number else "left", no_wrap=number, overflow="fold")
+        # Flags give way to names, up to a length.
+        least = None if place else min(longest, NAME_WIDTH)
+        result.add_column(name, justify="right" if number else "left", no_wrap=number, overflow="fold", min_width=least)
     for row in _body(board, section):
         result.add_row(*map(escape, row))
     return result

@@ -17,12 +17,11 @@ from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 from numpy.typing import NDArray
 
+from shiftproof.benchmark.curves import task_curves
 from shiftproof.benchmark.errors import InputError
 from shiftproof.benchmark.export import display_name
 from shiftproof.benchmark.labels import place_labels, spread
-from shiftproof.benchmark.metrics import CellScores, average_accuracy, worst_group_accuracy
 from shiftproof.benchmark.records import RunRecord, write_atomically
-from shiftproof.benchmark.verification import scores_of
 
 Block = Mapping[str, Any]
 Array = NDArray[np.float64]
@@ -32,6 +31,8 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#E69F00", "#5
 MARKERS = "osD^vPX"
 DASHES = ("-", (0, (5, 1.5)), (0, (1.5, 1.2)), (0, (6, 1.5, 1.5, 1.5)))
 DPI = 200
+NAME_LENGTH = 48
+STEM_LENGTH = 120  # file systems end at 255
 STYLE: dict[str, Any] = {
     "font.family": "DejaVu Sans",
     "font.size": 8,
@@ -70,7 +71,7 @@ def draw_board(board: Block, records: Sequence[RunRecord], folder: Path) -> list
         folder: Where the files go; made if need be.
 
     Returns:
-        The files: `<section>-worst-average.png`, and `<section>-sequence.png` where the order of tasks means something.
+        The files: `<board>-<section>-worst-average.png`, and `-sequence.png` where the order of tasks means something.
 
     Raises:
         InputError: If a record is missing or the folder cannot be written.
@@ -81,32 +82,38 @@ def draw_board(board: Block, records: Sequence[RunRecord], folder: Path) -> list
         raise InputError(f"expected all {len(board['records'])} records of the board to draw it, got none of run {missing[0]}")
     # From matplotlib's defaults, whatever a matplotlibrc says.
     with style.context(["default", STYLE], after_reset=True):
-        figures = [drawn for section in board["sections"] for drawn in _draw(section, by_id)]
-        stems = _stems([section["title"] for section, _, _ in figures])
-        return [_save(figure, folder / f"{stem}-{kind}.png") for stem, (_, kind, figure) in zip(stems, figures, strict=True)]
+        stems = _stems([f"{board['name']} {section['title']}" for section in board["sections"]])
+        return [
+            _save(figure, folder / f"{stem}-{kind}.png")
+            for stem, section in zip(stems, board["sections"], strict=True)
+            for kind, figure in _draw(section, by_id)
+        ]
 
 
 def _stems(titles: Sequence[str]) -> list[str]:
-    return [re.sub(r"[^a-z0-9.]+", "-", title.lower()).strip("-.")[:100] for title in titles]
+    """File names from titles, told apart by a number where they come out the same."""
+    stems = [re.sub(r"[^a-z0-9.]+", "-", title.lower()).strip("-.")[:STEM_LENGTH] for title in titles]
+    return [f"{stem}-{place}" if stems.count(stem) > 1 else stem for place, stem in enumerate(stems, 1)]
 
 
-def _draw(section: Block, records: Mapping[str, RunRecord]) -> Iterator[tuple[Block, str, Figure]]:
+def _draw(section: Block, records: Mapping[str, RunRecord]) -> Iterator[tuple[str, Figure]]:
     rows = [row for row in section["rows"] if row["run_ids"]]
     looks = [_look(place, row) for place, row in enumerate(rows)]
     pairs = [(row["metrics"], look) for row, look in zip(rows, looks, strict=True)]
     points = [(metrics["average"], metrics["worst"], look) for metrics, look in pairs if {"average", "worst"} <= metrics.keys()]
     points = [(average, worst, look) for average, worst, look in points if None not in (average["mean"], worst["mean"])]
     if points:
-        yield section, "worst-average", _scatter(section, points)
+        yield "worst-average", _scatter(section, points)
     if rows and section["ordered"]:
         curves = [task_curves([records[run_id] for run_id in row["run_ids"]]) for row in rows]
-        yield section, "sequence", _sequence(section, curves, looks)
+        yield "sequence", _sequence(section, curves, looks)
 
 
 def _look(place: int, row: Block) -> Look:
     turn, colour = divmod(place, len(COLOURS))
     hollow = row["uses_group_labels"] or row["uses_bias_knowledge"]
-    return Look(display_name(row), COLOURS[colour], MARKERS[(colour + turn) % len(MARKERS)], DASHES[turn % len(DASHES)], hollow)
+    name = textwrap.shorten(display_name(row), NAME_LENGTH, placeholder=" ...")
+    return Look(name, COLOURS[colour], MARKERS[(colour + turn) % len(MARKERS)], DASHES[turn % len(DASHES)], hollow)
 
 
 def _save(figure: Figure, path: Path) -> Path:
@@ -128,7 +135,7 @@ def _scatter(section: Block, points: Sequence[tuple[Block, Block, Look]]) -> Fig
         axes.plot(x, y, look.marker, color=look.colour, mfc="white" if look.hollow else look.colour, ms=5, zorder=3)
     axes.set_xlabel("average accuracy (%)")
     axes.set_ylabel("worst-group accuracy (%)")
-    axes.set_title(section["title"])
+    axes.set_title(_wrapped(section["title"], 90))
     axes.margins(0.06)
     figure.supxlabel(_caption(points), **CAPTION)
     figure.draw_without_rendering()
@@ -150,7 +157,11 @@ def _interval(summary: Block) -> Block | None:
 def _caption(points: Sequence[tuple[Block, Block, Look]]) -> str:
     methods = sorted({interval["method"] for _, worst, _ in points if (interval := _interval(worst))})
     bars = [f"Bars: interval of the mean over seeds ({'; '.join(methods)})."] if methods else []
-    return textwrap.fill(" ".join([*bars, *_legend([look for _, _, look in points])]), 120)
+    return _wrapped(" ".join([*bars, *_legend([look for _, _, look in points])]), 120)
+
+
+def _wrapped(text: str, width: int) -> str:
+    return textwrap.fill(text, width, max_lines=3, placeholder=" ...")
 
 
 def _legend(looks: Sequence[Look]) -> list[str]:
@@ -160,8 +171,12 @@ def _legend(looks: Sequence[Look]) -> list[str]:
 def _name_points(axes: Axes, means: Array, bars: Array, looks: Sequence[Look]) -> None:
     """Write each name near its point, with a thin line where it stands apart."""
     unit = DPI / 72
+    axes.autoscale(False)
     halo = [withStroke(linewidth=1.5, foreground="white")]
-    texts = [axes.text(0, 0, look.name, fontsize=7, color=look.colour, zorder=5, path_effects=halo) for look in looks]
+    texts = [
+        axes.text(0, 0, look.name, fontsize=7, color=look.colour, zorder=5, path_effects=halo, in_layout=False)
+        for look in looks
+    ]
     extents = [text.get_window_extent() for text in texts]
     sizes = np.array([[extent.width + 2 * unit, extent.height + 1 * unit] for extent in extents])
     points, low, high = (axes.transData.transform(at) for at in (means, means - bars, means + bars))  # (N, 2) each
@@ -182,25 +197,6 @@ def _name_points(axes: Axes, means: Array, bars: Array, looks: Sequence[Look]) -
             axes.plot(*line.T, color=look.colour, lw=0.4, alpha=0.7, zorder=1)
 
 
-def task_curves(records: Sequence[RunRecord]) -> Array:
-    """(T, 2) float64: average and worst-group accuracy over the tasks seen so far, after each experience, mean over seeds."""
-    curves: Array = np.array([_curves(scores_of(record)) for record in records])  # (K, T, 2)
-    mean: Array = curves.mean(0)
-    return mean
-
-
-def _curves(scores: CellScores) -> list[tuple[float, float]]:
-    curves = []
-    for row in range(len(scores.experiences)):
-        seen = [column for column, name in enumerate(scores.eval_sets) if name in scores.experiences[: row + 1]]
-        # An experience that is no task of its own, as the union of all, is measured on all.
-        columns = seen or list(range(len(scores.eval_sets)))
-        groups = tuple(scores.groups[row][column] for column in columns)
-        now = CellScores(scores.experiences, scores.eval_sets, scores.ordered, (groups,), ())
-        curves.append((average_accuracy(now), worst_group_accuracy(now)))
-    return curves
-
-
 def _sequence(section: Block, curves: Sequence[Array], looks: Sequence[Look]) -> Figure:
     figure = Figure(figsize=(9.6, 4.6), dpi=DPI, layout="constrained")
     FigureCanvasAgg(figure)
@@ -214,7 +210,7 @@ def _sequence(section: Block, curves: Sequence[Array], looks: Sequence[Look]) ->
         panel.set_xlabel("tasks learned")
         panel.set_xticks(range(1, length + 1))
         panel.set_xlim(0.8, length + 0.15)
-    figure.suptitle(section["title"], x=0.01, ha="left", fontsize=9)
+    figure.suptitle(_wrapped(section["title"], 125), x=0.01, ha="left", fontsize=9)
     union = ["Dots without markers: learned all tasks at once."] if any(len(curve) < length for curve in curves) else []
     figure.supxlabel(" ".join(["Mean over seeds.", *union, *_legend(looks)]), **CAPTION)
     figure.draw_without_rendering()

@@ -102,14 +102,18 @@ def read_board(path: Path) -> dict[str, Any]:
 
 
 def record_texts(folder: Path) -> dict[str, str]:
-    """The text of each record file directly in `folder`, by run id: what `check_board` takes.
+    """The text of each record file, by run id: what `check_board` takes.
+
+    Args:
+        folder: Holds the files, or is an output folder with a folder `records` in it.
 
     Raises:
         InputError: If there is no such folder or a file cannot be read.
     """
     if not folder.is_dir():
         raise InputError(f"expected a folder with the board's records, got {folder}, which is none; name it with --records")
-    return {path.stem: _read(path) for path in sorted(folder.glob("*.json"))}
+    inner = folder / "records"
+    return {path.stem: _read(path) for path in sorted((inner if inner.is_dir() else folder).glob("*.json"))}
 
 
 def _read(path: Path) -> str:

@@ -17,8 +17,10 @@ def obstacle(spec: StrategySpec[Any], stream: Stream) -> str:
     if issubclass(spec.consumes, DataExperience):
         if not all(issubclass(kind, DataExperience) for kind in found):
             return "learns from data, the stream has none"
-        if spec.uses_group_labels and found != {GroupedExperience}:
+        if spec.uses_group_labels and not all(issubclass(kind, GroupedExperience) for kind in found):
             return "needs group labels, the stream has none"
+        if spec.uses_group_labels and issubclass(spec.consumes, JointExperience):
+            return "needs group labels, the union of a stream's experiences has none"
         return ""
     return f"consumes {spec.consumes.__name__}, the stream yields {', '.join(sorted(kind.__name__ for kind in found))}"
 

@@ -7,18 +7,20 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 from shiftproof.benchmark import config, lifting
+from shiftproof.benchmark.cells import Cell, build_stream, make_cell
 from shiftproof.benchmark.context import CHECKPOINT_SECONDS
 from shiftproof.benchmark.contracts import SuiteSpec
 from shiftproof.benchmark.errors import InputError
 from shiftproof.benchmark.executors import JobResult
 from shiftproof.benchmark.jobs import Job
+from shiftproof.benchmark.pretraining import read_base
 from shiftproof.benchmark.recipes import BaseRecipe, Recipe
 from shiftproof.benchmark.records import RecordStore, RunRecord, RunRequest
 from shiftproof.benchmark.registry import Registry
-from shiftproof.benchmark.runner import Cell, build_stream, make_cell
 from shiftproof.benchmark.streams import Stream
 
 STREAM_SCOPES = ("stream", "recipe", "base")
+Overrides = Mapping[str, Sequence[tuple[str, str]]]
 ATTEMPTS = 2  # a failed cell is tried again once per code identity
 
 
@@ -93,36 +95,30 @@ def plan(
     """Every cell of the suite, and what is skipped with its reason.
 
     Args:
-        overrides: "scope.key=value" from the command line, on top of the suite's own. Those of stream, recipe or base make the
-            run custom.
+        overrides: "scope.key=value" from the command line, on top of the suite's own. Where they change stream, recipe or
+            base the run is custom, and so it is where those of a suite do that gives the recipe no name.
 
     Raises:
         InputError: If a name, a scope or a value is wrong.
     """
     given = _scoped(registry, suite, [*suite.overrides, *overrides])
-    by_hand = _scoped(registry, suite, overrides)
-    custom = any(by_hand.get(scope) for scope in STREAM_SCOPES)
-    cells, skipped = [], []
+    standard = _scoped(registry, suite, suite.overrides if suite.recipe else ())
+    cells: list[Cell] = []
+    skipped: list[Skipped] = []
     for name in suite.streams:
-        common = RunRequest(
-            strategy="",
-            stream=name,
-            seed=0,
-            knobs=tuple(given.get("stream", ())),
-            recipe=tuple(given.get("recipe", ())),
-            base=tuple(given.get("base", ())),
-            recipe_name=suite.recipe,
-            custom=custom,
-        )
+        common = _common(name, suite, given)
         stream = build_stream(registry, common, data_root)
-        _check_base(stream)
+        _check_base(registry, stream)
+        if any(given[scope] != standard[scope] for scope in STREAM_SCOPES):
+            usual = build_stream(registry, _common(name, suite, standard), data_root)
+            common = replace(common, custom=_facts(stream) != _facts(usual))
         for label in suite.strategies:
             spec, preset, _ = registry.strategy(label)
             reason = lifting.obstacle(spec, stream)
             if reason:
                 skipped.append(Skipped(label, name, reason))
                 continue
-            for request in _requests(common, stream, spec.name, preset, given.get(spec.name, ()), suite.seeds):
+            for request in _requests(common, stream, spec.name, preset, given[label], suite.seeds):
                 cells.append(make_cell(registry, request, stream, device))
     return Plan(suite, tuple(cells), tuple(skipped))
 
@@ -143,10 +139,11 @@ def run_plan(plan: Plan, registry: Registry, options: RunOptions, progress: Call
     by_id = {cell.run_id: cell for cell in plan.cells}
     outcome = Outcome()
     waiting: list[Job] = []
-    for cell in plan.cells:
-        stored = None if options.rerun else store.read(cell.run_id)
-        if stored is None or (stored.status == "failed" and (options.retry_failed or _attempts(stored) < ATTEMPTS)):
-            waiting.append(_job(cell, options))
+    for cell in by_id.values():  # two labels may stand for one cell
+        stored = store.read(cell.run_id)
+        failed = stored is not None and stored.status == "failed"
+        if stored is None or options.rerun or (failed and (options.retry_failed or stored.attempts < ATTEMPTS)):
+            waiting.append(_job(cell, options, stored.attempts if stored is not None and failed else 0))
         elif stored.status == "failed":
             outcome.failed.append(stored)
         else:
@@ -186,11 +183,7 @@ def _tally(outcome: Outcome, result: JobResult, cell: Cell, store: RecordStore) 
         outcome.failed.append(record)
 
 
-def _attempts(record: RunRecord) -> int:
-    return int(record.provenance.get("attempts", 1))
-
-
-def _job(cell: Cell, options: RunOptions) -> Job:
+def _job(cell: Cell, options: RunOptions, attempts: int) -> Job:
     return Job(
         cell.request,
         cell.run_id,
@@ -202,7 +195,19 @@ def _job(cell: Cell, options: RunOptions) -> Job:
         options.entry_points,
         options.files,
         rerun=options.rerun,
+        attempts=attempts,
     )
+
+
+def _common(stream: str, suite: SuiteSpec, given: Overrides) -> RunRequest:
+    """What all requests of a suite on one stream have in common."""
+    knobs, recipe, base = (tuple(given[scope]) for scope in STREAM_SCOPES)
+    return RunRequest("", stream, 0, knobs=knobs, recipe=recipe, base=base, recipe_name=suite.recipe)
+
+
+def _facts(stream: Stream) -> tuple[object, ...]:
+    """What tells a custom stream from the standard one."""
+    return stream.data_sha256, stream.split_sha256, stream.recipe, stream.base
 
 
 def _requests(
@@ -213,13 +218,13 @@ def _requests(
             yield replace(common, strategy=strategy, preset=preset, config=tuple(pairs), fold=fold.name, seed=seed)
 
 
-def _scoped(registry: Registry, suite: SuiteSpec, overrides: Sequence[str]) -> Mapping[str, list[tuple[str, str]]]:
+def _scoped(registry: Registry, suite: SuiteSpec, overrides: Sequence[str]) -> Overrides:
     owners: dict[str, list[str]] = {"recipe": _names(Recipe), "base": _names(BaseRecipe), "stream": []}
     for name in suite.streams:
         owners["stream"] += _names(registry.stream(name).config)
     for label in suite.strategies:
         spec, _, _ = registry.strategy(label)
-        owners[spec.name] = _names(spec.config)
+        owners[label] = _names(spec.config)
     return config.split_overrides(overrides, owners)
 
 
@@ -227,9 +232,14 @@ def _names(kind: type) -> list[str]:
     return [one.name for one in fields(kind)]
 
 
-def _check_base(stream: Stream) -> None:
-    if stream.base.kind == "file" and not Path(stream.base.file).is_file():
+def _check_base(registry: Registry, stream: Stream) -> None:
+    """A file that is not there or does not fit is wrong input, once, and not the failure of every cell."""
+    if stream.base.kind != "file":
+        return
+    if not Path(stream.base.file).is_file():
         raise InputError(
             f"{stream.name}: expected the base's weights in a safetensors file, got {stream.base.file!r}, which is not there; "
             "name it with --set base.file=PATH"
         )
+    build = registry.backbone(stream.base.backbone).build
+    read_base(Path(stream.base.file), build(stream.input_shape))

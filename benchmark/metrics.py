@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -48,7 +49,7 @@ def _accuracies(counts: Counts) -> list[float]:
 
 def _mean(values: Iterable[float]) -> float:
     values = list(values)
-    return sum(values) / len(values)
+    return math.fsum(values) / len(values)  # exact, so that neither order nor version of Python shows in the last digit
 
 
 def average_accuracy(scores: CellScores) -> float:
@@ -78,7 +79,10 @@ def _learned(scores: CellScores) -> list[tuple[int, int]]:
 
 
 def forgetting(scores: CellScores) -> float | None:
-    """Mean over earlier experiences of best minus final group-mean accuracy (Chaudhry et al., ECCV 2018, arXiv:1801.10112)."""
+    """Mean over earlier experiences of best group-mean accuracy since it was learned minus the final one.
+
+    Chaudhry et al., ECCV 2018, arXiv:1801.10112.
+    """
     pairs = _learned(scores)
     if not scores.ordered or not pairs:
         return None
@@ -105,7 +109,7 @@ def shiftproof_metrics() -> list[MetricSpec]:
     """The built-in metrics."""
 
     def spec(compute: Any, name: str, higher: bool, over_folds: Any = "mean", primary: bool = False) -> MetricSpec:
-        return MetricSpec(name, compute, higher, compute.__doc__.strip(), over_folds, primary)
+        return MetricSpec(name, compute, higher, " ".join(compute.__doc__.split()), over_folds, primary)
 
     return [
         spec(average_accuracy, "average", True, primary=True),

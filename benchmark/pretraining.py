@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from shiftproof.benchmark.cache import Cache
 from shiftproof.benchmark.context import derive_seed
-from shiftproof.benchmark.errors import InputError
+from shiftproof.benchmark.errors import InputError, NotFiniteError
 from shiftproof.benchmark.experiences import StateDict, as_float
 from shiftproof.benchmark.recipes import BaseRecipe
 from shiftproof.benchmark.records import PROTOCOL_VERSION
@@ -39,21 +39,31 @@ def base_weights(
         InputError: If a file is missing or does not fit the backbone.
     """
     if recipe.kind == "file":
-        return _read_base(Path(recipe.file), build())
+        return read_base(Path(recipe.file), build())
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(recipe.seed, "base"))
         backbone = build()
     if recipe.kind == "random":
         return backbone.state_dict()
     key = {"sha256": sha256, "device": device.type, "torch": torch.__version__, "protocol": PROTOCOL_VERSION}
-    return cache.tensors("base", key, lambda: barlow_twins(recipe, backbone, inputs, device))
+
+    def make() -> StateDict:
+        # A backbone with dropout draws from the global generators.
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            torch.manual_seed(derive_seed(recipe.seed, "barlow-twins"))
+            return barlow_twins(recipe, backbone, inputs, device)
+
+    return cache.tensors("base", key, make)
 
 
 def barlow_twins(recipe: BaseRecipe, backbone: nn.Module, inputs: Sequence[Tensor], device: torch.device) -> StateDict:
     """Pre-train without labels: two views of an image agree, the dimensions of their projections do not.
 
-    Zbontar et al., ICML 2021, arXiv:2103.03230; thesis section 4.2. The views move, scale, rotate, cut out and blur; none
-    alters colour, so that what a bias may live in stays in the features.
+    Zbontar et al., ICML 2021, arXiv:2103.03230; thesis section 4.2. The views move, scale, rotate and cut out; none alters
+    colour, so that what a bias may live in stays in the features.
+
+    Raises:
+        NotFiniteError: If the weights end up NaN or infinite, which a lower learning rate cures.
     """
     x = torch.cat(list(inputs))
     width = backbone.features
@@ -78,7 +88,10 @@ def barlow_twins(recipe: BaseRecipe, backbone: nn.Module, inputs: Sequence[Tenso
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
-    return backbone.cpu().state_dict()
+    weights = backbone.cpu().state_dict()
+    if not all(bool(tensor.isfinite().all()) for tensor in weights.values()):
+        raise NotFiniteError(f"expected finite weights after pre-training, got NaN or infinity; lower base.lr, now {recipe.lr}")
+    return weights
 
 
 def redundancy_loss(a: Tensor, b: Tensor, redundancy: float) -> Tensor:
@@ -119,7 +132,12 @@ def random_view(x: Tensor, generator: torch.Generator) -> Tensor:
     return view.masked_fill(hole[:, None], 0.5)
 
 
-def _read_base(path: Path, backbone: nn.Module) -> StateDict:
+def read_base(path: Path, backbone: nn.Module) -> StateDict:
+    """The weights in a safetensors file, if their names and shapes are the backbone's.
+
+    Raises:
+        InputError: If the file cannot be read or does not fit.
+    """
     try:
         weights = safetensors.torch.load_file(path)
     except (OSError, SafetensorError) as error:

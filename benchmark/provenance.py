@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import os
 import platform
 import re
 import resource
@@ -54,10 +54,29 @@ class Provenance:
 def command_line(arguments: list[str]) -> str:
     """What was typed, with every path reduced to its last part.
 
-    >>> command_line(["/somewhere/bin/shiftproof", "run", "quick", "--out", "/data/me/runs"])
-    'shiftproof run quick --out runs'
+    >>> command_line(["/somewhere/bin/shiftproof", "run", "quick", "--out=/data/my name/runs/"])
+    'shiftproof run quick --out=runs'
     """
-    return " ".join(re.sub(r"[^\s=]*[/\\]([^/\\\s]*)", r"\1", argument.rstrip("/\\")) for argument in arguments)
+    return " ".join("=".join(map(_last_part, argument.split("="))) for argument in arguments)
+
+
+def without_paths(text: str) -> str:
+    """A message in which every absolute path is reduced to its last part.
+
+    >>> without_paths("No such file: '/data/my name/x.npz', see /data/me/log.txt:3")
+    "No such file: 'x.npz', see log.txt:3"
+    """
+    text = re.sub(rf"(['\"`])({_ROOT}[^'\"`\n]*)\1", lambda found: found[1] + _last_part(found[2]) + found[1], text)
+    return re.sub(rf"(?<![^\s='\"`(\[{{,;<:]){_ROOT}[^\s'\"`()\[\]{{}},;<>:]*", lambda found: _last_part(found[0]), text)
+
+
+_ROOT = r"(?:~[\w.-]*/|(?:///|/)(?=[\w.~])|[A-Za-z]:[\\/]|\\\\(?=\w))"  # what an absolute path begins with
+
+
+def _last_part(path: str) -> str:
+    if os.path.expanduser(path).rstrip("/\\") == os.path.expanduser("~"):
+        return "~"  # its last part is the user's name
+    return re.split(r"[/\\]", path.rstrip("/\\"))[-1]
 
 
 def peak_memory_mb(device: torch.device) -> float:
@@ -99,19 +118,26 @@ def _cpu() -> str:
 @cache
 def _git(module: str) -> tuple[str | None, bool | None]:
     """Commit of the checkout that holds the module, and whether tracked files differ from it."""
-    spec = importlib.util.find_spec(module) if module in sys.modules else None
-    if spec is None or not spec.origin:
+    file = getattr(sys.modules.get(module), "__file__", None)
+    if not file:
         return None, None
-    folder = Path(spec.origin).resolve().parent
+    path = Path(file).resolve()
+    folder = path.parent
     commit = _output(folder, "rev-parse", "HEAD")
-    if commit is None or _output(folder, "ls-files", "--error-unmatch", Path(spec.origin).name) is None:
+    if commit is None or _output(folder, "ls-files", "--error-unmatch", path.name) is None:
         return None, None
     return commit, bool(_output(folder, "status", "--porcelain", "--untracked-files=no"))
 
 
 def _output(folder: Path, *arguments: str) -> str | None:
     try:
-        done = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=10, check=False)
+        done = subprocess.run(
+            ["git", "--no-optional-locks", "-C", str(folder), *arguments],
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=False,
+        )
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() if done.returncode == 0 else None

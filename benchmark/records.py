@@ -14,6 +14,7 @@ from typing import Any, Literal
 from shiftproof.benchmark.errors import InputError, OutputError
 
 SCHEMA_VERSION = "1.0.0"
+MEND = "restore it or delete it and run again"
 PROTOCOL_VERSION = 1  # raised whenever the harness changes a result; tests/benchmark/test_protocol.py guards it
 
 
@@ -79,6 +80,11 @@ class RunRecord:
     schema_version: str = SCHEMA_VERSION
     kind: Literal["run"] = "run"
 
+    @property
+    def attempts(self) -> int:
+        """How often the cell was run to its end, failures included."""
+        return int(self.provenance.get("attempts", 1))
+
     def to_json(self) -> str:
         """The file's text: sorted keys, no NaN."""
         return json.dumps(asdict(self), indent=1, sort_keys=True, allow_nan=False) + "\n"
@@ -96,28 +102,40 @@ class RunRecord:
         if content.get("kind") != "run" or set(content) != expected:
             odd = sorted(set(content) ^ expected)
             raise InputError(f"{where}: expected a run record; fields that are missing or unknown: {', '.join(odd) or 'kind'}")
+        for name in _BLOCKS:
+            if not isinstance(content[name], dict):
+                raise InputError(f"{where}: expected the block {name!r} as an object, got {type(content[name]).__name__}")
         return cls(**content)
+
+
+_BLOCKS = ("identity", "plugin", "protocol", "data", "metrics", "provenance", "cost", "submission", "verification")
 
 
 def parse_json(text: str, where: str) -> dict[str, Any]:
     """A JSON object, or an error that says which file is damaged and where."""
     try:
-        content = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise InputError(
-            f"{where}: expected a complete JSON file, got one that ends or breaks at line {error.lineno}; "
-            "restore it or delete it and run again"
-        ) from None
+        content = json.loads(text, parse_constant=_refuse_constant)
+    except ValueError as error:
+        line = f"ends or breaks at line {error.lineno}" if isinstance(error, json.JSONDecodeError) else f"holds {error}"
+        raise InputError(f"{where}: expected a complete JSON file, got one that {line}; {MEND}") from None
     if not isinstance(content, dict):
         raise InputError(f"{where}: expected a JSON object, got {type(content).__name__}")
     return content
 
 
+def _refuse_constant(name: str) -> None:
+    """Python reads NaN and Infinity, JSON does not have them."""
+    raise ValueError(name)
+
+
 def check_version(content: Mapping[str, Any], where: str) -> None:
-    """Refuse files of a newer major schema."""
+    """Refuse files of a newer schema, and of an older major one."""
     version = str(content.get("schema_version", "none"))
-    if version.split(".")[0] != SCHEMA_VERSION.split(".")[0]:
-        raise InputError(f"{where}: expected schema {SCHEMA_VERSION}, got {version}; update shiftproof to read it")
+    numbers = [int(part) if part.isdecimal() else -1 for part in version.split(".")]
+    known = [int(part) for part in SCHEMA_VERSION.split(".")]
+    if len(numbers) != 3 or numbers[0] != known[0] or numbers[:2] > known[:2]:
+        advice = "update shiftproof to read it" if numbers > known else "write it again with this shiftproof"
+        raise InputError(f"{where}: expected schema {SCHEMA_VERSION}, got {version}; {advice}")
 
 
 def canonical(value: Any) -> str:
@@ -147,12 +165,20 @@ def write_atomically(path: Path, content: str | bytes) -> None:
             os.fsync(file.fileno())
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
-    except OSError as error:
-        if temporary is not None and os.path.exists(temporary):
-            os.unlink(temporary)
+    except BaseException as error:  # an interrupt from the keyboard leaves nothing behind, either
+        if temporary is not None:
+            Path(temporary).unlink(missing_ok=True)
+        if not isinstance(error, OSError):
+            raise
         raise OutputError(
             f"expected to write {path.name} into {path.parent}, got: {error.strerror}; free space or choose another folder"
         ) from error
+
+
+def remove_leftovers(path: Path) -> None:
+    """Remove what writers of `path` have left behind that were killed in the middle."""
+    for leftover in path.parent.glob(f".{path.name}.*"):
+        leftover.unlink(missing_ok=True)
 
 
 class RecordStore:
@@ -168,12 +194,14 @@ class RecordStore:
     def read(self, run_id: str) -> RunRecord | None:
         """The record of a cell, None if there is none yet."""
         path = self.path(run_id)
-        if not path.exists():
-            return None
-        return RunRecord.from_json(path.read_text(), path.name)
+        return read_record(path) if path.exists() else None
 
     def write(self, record: RunRecord) -> None:
-        """Write a record atomically."""
+        """Write a record atomically.
+
+        Raises:
+            OutputError: If the folder cannot be written or the disk is full.
+        """
         write_atomically(self.path(record.run_id), record.to_json())
 
     def all(self) -> list[RunRecord]:
@@ -181,11 +209,26 @@ class RecordStore:
         return read_records(self.folder)
 
 
+def read_record(path: Path) -> RunRecord:
+    """The record in a file.
+
+    Raises:
+        InputError: If it cannot be read, or as `RunRecord.from_json`.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise InputError(f"{path.name}: expected a JSON file, got other bytes; {MEND}") from None
+    except OSError as error:
+        raise InputError(f"expected a record in {path}, got: {error.strerror}; {MEND}") from error
+    return RunRecord.from_json(text, path.name)
+
+
 def read_records(folder: Path) -> list[RunRecord]:
     """Every record directly in `folder`, in the order of file names; the file name must be the run id."""
     records = []
     for path in sorted(folder.glob("*.json")):
-        record = RunRecord.from_json(path.read_text(), path.name)
+        record = read_record(path)
         if record.run_id != path.stem:
             raise InputError(f"{path.name}: expected the file to be named by its run id, got run id {record.run_id}")
         records.append(record)

@@ -69,12 +69,12 @@ def _facts(record: RunRecord) -> dict[str, Any]:
 def _flat(facts: Mapping[str, Any]) -> dict[str, Any]:
     """What a title may have to say beside the stream's name and version, the recipe's name and 'custom'."""
     nested = {f"{block}.{name}": value for block in ("knobs", "recipe", "base") for name, value in facts[block].items()}
-    plain = {name: facts[name] for name in ("split_sha256", "data_sha256", "protocol_version", "tier", "selection")}
-    return {name: value for name, value in (nested | plain).items() if name != "recipe.name"}
+    plain = {name: facts[name] for name in (*ONE_ON_A_BOARD, "protocol_version", "scenario", "evaluate", "tier", "selection")}
+    return {name: value for name, value in (nested | plain).items() if name not in ("recipe.name", "stream_version")}
 
 
 def tell_apart(names: Sequence[str], facts: Sequence[Mapping[str, Any]]) -> list[str]:
-    """For each item, what does not agree among the items of its name; hashes only where nothing else differs.
+    """For each item, what does not agree among the items of its name; hashes only where the rest does not tell them apart.
 
     >>> tell_apart(["lws", "lws", "er"], [{"gamma": 0.3, "bins": 8}, {"gamma": 0.5, "bins": 8}, {"gamma": 0.1}])
     ['gamma=0.3', 'gamma=0.5', '']
@@ -84,7 +84,9 @@ def tell_apart(names: Sequence[str], facts: Sequence[Mapping[str, Any]]) -> list
         namesakes = [fact for other, fact in zip(names, facts, strict=True) if other == name]
         keys = sorted({key for fact in namesakes for key in fact})
         odd = [key for key in keys if len({canonical(fact.get(key)) for fact in namesakes}) > 1]
-        return [key for key in odd if not key.endswith("sha256")] or odd
+        plain = [key for key in odd if not key.endswith("sha256")]
+        unique = {canonical([fact.get(key) for key in plain]) for fact in namesakes}
+        return plain if len(unique) == len(namesakes) else odd
 
     def shown(key: str, value: object) -> str:
         return f"{key.removesuffix('_sha256')}={str(value)[:8] if key.endswith('sha256') else value}"

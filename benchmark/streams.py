@@ -13,7 +13,14 @@ from typing import Literal
 
 import torch
 
-from shiftproof.benchmark.experiences import ArrayData, DataExperience, EvalSet, Experience, JointExperience
+from shiftproof.benchmark.experiences import (
+    ArrayData,
+    DataExperience,
+    EvalSet,
+    Experience,
+    GroupedExperience,
+    JointExperience,
+)
 from shiftproof.benchmark.recipes import BaseRecipe, Recipe
 
 Tier = Literal["digits", "full"]
@@ -42,6 +49,12 @@ class Fold:
     train: tuple[Experience, ...]
     evals: tuple[EvalSet, ...]
 
+    def __post_init__(self) -> None:
+        for kind, parts in (("experiences", self.train), ("eval sets", self.evals)):
+            names = [part.name for part in parts]
+            if not names or len(set(names)) != len(names):
+                raise ValueError(f"fold {self.name!r}: expected {kind} with different names, got {names}")
+
     def joint(self) -> JointExperience:
         """The union of the data experiences, for strategies that see all tasks at once."""
         parts = [experience for experience in self.train if isinstance(experience, DataExperience)]
@@ -58,6 +71,7 @@ class Stream:
         heads: Classes of each task id; a head has one logit per class.
         evaluate: "each" after every experience, or "last" where the order means nothing.
         split_sha256: Hash of the frozen split; boards refuse to rank across it.
+        backbone_sha256: Hash of the backbone's code where a plugin brings it; the harness sets it.
     """
 
     name: str
@@ -73,6 +87,7 @@ class Stream:
     licence: str
     evaluate: Literal["each", "last"] = "each"
     selection: str = "last epoch, no validation data"
+    backbone_sha256: str = ""
 
     def __post_init__(self) -> None:
         names = [fold.name for fold in self.folds]
@@ -97,14 +112,16 @@ class Stream:
 
     @cached_property
     def data_sha256(self) -> str:
-        """Hash over every training and evaluation array and over the groups."""
+        """Hash over every training and evaluation array, task id and group."""
         digest = hashlib.sha256()
         for fold in self.folds:
             for experience in fold.train:
                 if isinstance(experience, DataExperience):
-                    digest.update(f"{fold.name}/{experience.name}/{experience.train.sha256()}".encode())
+                    digest.update(f"{fold.name}/{experience.name}/{experience.task}/{experience.train.sha256()}".encode())
+                if isinstance(experience, GroupedExperience):
+                    digest.update(experience.groups.contiguous().numpy().data)
             for eval_set in fold.evals:
-                digest.update(eval_set.groups.numpy().data)
+                digest.update(eval_set.groups.contiguous().numpy().data)
                 for task, data in eval_set.parts:
                     digest.update(f"{eval_set.name}/{task}/{data.sha256()}".encode())
         return digest.hexdigest()
@@ -114,8 +131,10 @@ class Stream:
         """Identity of the base: its recipe and the inputs it may see, or the file's content."""
         recipe = {**asdict(self.base), "file": Path(self.base.file).name}
         digest = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode())
+        digest.update(self.backbone_sha256.encode())
         if self.base.kind == "barlow-twins":
             for x in self.unlabelled():
+                digest.update(f"{x.dtype}{tuple(x.shape)}".encode())
                 digest.update(x.contiguous().numpy().data)
         if self.base.kind == "file" and Path(self.base.file).is_file():
             digest.update(Path(self.base.file).read_bytes())

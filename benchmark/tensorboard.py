@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from shiftproof.benchmark.hookspecs import hookimpl
+from shiftproof.benchmark.records import sha256
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -26,6 +28,8 @@ def shiftproof_run_started(request: RunRequest) -> None:
         from torch.utils.tensorboard import SummaryWriter  # slow to import, so only when it is used
 
         name = f"{request.stream}/{request.label}/{request.fold}/seed-{request.seed}"
+        if request.config or request.knobs or request.recipe or request.base:
+            name += f"-{sha256(asdict(request))[:8]}"  # overrides: curves of their own
         _writers[request] = SummaryWriter(str(Path(folder) / name))
         _steps[request] = 0
 

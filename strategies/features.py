@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 from dataclasses import dataclass
 from typing import Literal
 
@@ -11,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from shiftproof.benchmark import Batch, DataExperience, Model, RunContext
+from shiftproof.benchmark.codehash import code_sha256
 from shiftproof.benchmark.evaluation import EVAL_BATCH, evaluating
 from shiftproof.benchmark.records import PROTOCOL_VERSION
 from shiftproof.strategies.training import TrainingStrategy
@@ -45,7 +47,14 @@ def extract_features(context: RunContext, experience: DataExperience, source: So
         "protocol": PROTOCOL_VERSION,
     }
     if source == "erm":
-        key |= {"seed": context.seed, "recipe": repr(context.recipe), "experience": experience.index, "task": experience.task}
+        tasks = experience.tasks(torch.arange(len(experience.train)))
+        key |= {
+            "seed": context.seed,
+            "recipe": repr(context.recipe),
+            "experience": experience.index,
+            "tasks": hashlib.sha256(tasks.numpy().data).hexdigest(),
+            "code": code_sha256(__name__),  # what trains is not of the harness, so the protocol's version does not cover it
+        }
 
     def make() -> dict[str, Tensor]:
         model = context.new_model() if source == "base" else _erm(context, experience)

@@ -48,9 +48,13 @@ class Heads(nn.Module):
         return {name: list(_weight(head).shape) for name, head in self.heads.items()}
 
     def rebuild(self, sizes: dict[str, list[int]], state: dict[str, Any]) -> None:
-        """Make the heads of a checkpoint and load their weights."""
+        """Make the heads of a checkpoint, in their order, and load their weights."""
+        kept = dict(self.heads.items())
+        self.heads = nn.ModuleDict()
         for name, (classes, features) in sizes.items():
-            if name not in self.heads:
+            if name in kept and list(_weight(kept[name]).shape) == [classes, features]:
+                self.heads[name] = kept[name]
+            else:
                 self.add(name, features, classes)
         self.load_state_dict(state)
 

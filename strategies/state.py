@@ -2,43 +2,57 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from shiftproof.benchmark import Model, RunContext
 from shiftproof.strategies.heads import Heads
 
-PLAIN = (int, float, str, bool, type(None))
+PLAIN = (int, float, str, bool, type(None))  # themselves only: a subclass, such as numpy's float64, would come back changed
 
 
 def encode(name: str, value: Any) -> dict[str, Any]:
-    """A tagged value of tensors, numbers, strings, lists and dicts.
+    """A tagged value of tensors, numbers, strings, lists and dicts. Tensors are not copied: write it down before going on.
 
     Raises:
         TypeError: If the value is nothing that a checkpoint can hold; names the attribute.
     """
     if isinstance(value, Tensor):
-        return {"is": "tensor", "value": value.detach()}
-    if isinstance(value, PLAIN):
+        trained = value.requires_grad and value.is_leaf
+        facts = {"trained": trained, "parameter": isinstance(value, nn.Parameter), "on_cpu": value.device.type == "cpu"}
+        return {"is": "tensor", "value": value.detach(), **facts}
+    if type(value) in PLAIN:
         return {"is": "plain", "value": value}
-    if isinstance(value, list | tuple):
-        items = [encode(f"{name}[{i}]", item) for i, item in enumerate(value)]
-        return {"is": "tuple" if isinstance(value, tuple) else "list", "value": items}
-    if isinstance(value, dict):
+    if type(value) in (list, tuple):
+        return {"is": type(value).__name__, "value": [encode(f"{name}[{i}]", item) for i, item in enumerate(value)]}
+    if type(value) is dict:
         pairs = [[encode(f"{name} key", key), encode(f"{name}[{key!r}]", item)] for key, item in value.items()]
         return {"is": "dict", "value": pairs}
     if isinstance(value, Heads):
-        return {"is": "heads", "purpose": value._purpose, "sizes": value.sizes(), "value": value.state_dict()}
-    if isinstance(value, Model):
-        trained = any(parameter.requires_grad for parameter in value.parameters())
-        return {"is": "model", "training": value.training, "trained": trained, "value": value.state_dict()}
-    if hasattr(value, "state_dict") and hasattr(value, "load_state_dict"):
-        return {"is": "object", "value": value.state_dict()}
+        return {"is": "heads", "purpose": value._purpose, "sizes": value.sizes(), **_module_facts(value)}
+    if type(value) is Model:
+        return {"is": "model", **_module_facts(value)}
+    if _is_object(value):
+        return {"is": "object", **(_module_facts(value) if isinstance(value, nn.Module) else {"value": value.state_dict()})}
     raise TypeError(
         f"attribute {name!r} holds a {type(value).__name__}, which a checkpoint cannot: expected tensors, numbers, strings, "
         "lists, dicts, models of context.new_model(), Heads, or an object with state_dict and load_state_dict"
     )
+
+
+def objects(name: str, value: Any) -> Iterator[str]:
+    """Where in an attribute there are objects that only the strategy knows how to make: "buffers[0]", for example."""
+    if type(value) in (list, tuple):
+        for i, item in enumerate(value):
+            yield from objects(f"{name}[{i}]", item)
+    elif type(value) is dict:
+        for key, item in value.items():
+            yield from objects(f"{name}[{key!r}]", item)
+    elif _is_object(value):
+        yield name
 
 
 def decode(name: str, tagged: dict[str, Any], current: Any, context: RunContext) -> Any:
@@ -52,7 +66,7 @@ def decode(name: str, tagged: dict[str, Any], current: Any, context: RunContext)
     """
     kind, value = tagged["is"], tagged["value"]
     if kind == "tensor":
-        return value.to(context.device) if value.device != context.device else value
+        return _tensor(tagged, current, context)
     if kind == "plain":
         return value
     if kind in ("list", "tuple"):
@@ -66,12 +80,43 @@ def decode(name: str, tagged: dict[str, Any], current: Any, context: RunContext)
     if kind == "heads":
         heads = current if isinstance(current, Heads) else Heads(context, tagged["purpose"])
         heads.rebuild(tagged["sizes"], value)
-        return heads
+        return _with_facts(heads, tagged)
     if kind == "model":
-        model = current if isinstance(current, Model) else context.new_model()
+        model = current if type(current) is Model else context.new_model()
         model.load_state_dict(value)
-        return model.train(tagged["training"]).requires_grad_(tagged["trained"])
+        return _with_facts(model, tagged)
     if current is None:
         raise TypeError(f"attribute {name!r}: make it in __init__, so that a checkpoint can be loaded into it")
     current.load_state_dict(value)
-    return current
+    return _with_facts(current, tagged) if isinstance(current, nn.Module) else current
+
+
+def _is_object(value: Any) -> bool:
+    if isinstance(value, Tensor | Heads) or type(value) is Model:
+        return False
+    return hasattr(value, "state_dict") and hasattr(value, "load_state_dict")
+
+
+def _tensor(tagged: dict[str, Any], current: Any, context: RunContext) -> Tensor:
+    tensor: Tensor = tagged["value"].to("cpu" if tagged["on_cpu"] else context.device)
+    if not tagged["trained"]:
+        return tensor
+    if isinstance(current, Tensor) and current.requires_grad and current.shape == tensor.shape:
+        with torch.no_grad():
+            return current.copy_(tensor)  # in place, for an optimizer that was made for it
+    return nn.Parameter(tensor) if tagged["parameter"] else tensor.requires_grad_()
+
+
+def _module_facts(module: nn.Module) -> dict[str, Any]:
+    """Weights, and what else of a module changes during training: which parts are frozen and which rest in evaluation mode."""
+    frozen = [name for name, parameter in module.named_parameters() if not parameter.requires_grad]
+    resting = [name for name, part in module.named_modules() if not part.training]
+    return {"value": module.state_dict(), "frozen": frozen, "resting": resting}
+
+
+def _with_facts(module: nn.Module, tagged: dict[str, Any]) -> nn.Module:
+    for name, parameter in module.named_parameters():
+        parameter.requires_grad_(name not in tagged["frozen"])
+    for name, part in module.named_modules():
+        part.training = name not in tagged["resting"]
+    return module

@@ -14,7 +14,7 @@ from shiftproof.benchmark import Batch, DataExperience, Model, Recipe, RunContex
 from shiftproof.benchmark.errors import NotFiniteError
 from shiftproof.strategies.augmentation import augment
 from shiftproof.strategies.replay import Memory
-from shiftproof.strategies.state import decode, encode
+from shiftproof.strategies.state import decode, encode, objects
 
 C = TypeVar("C")
 
@@ -47,6 +47,7 @@ class TrainingStrategy(ABC, Generic[C]):
         self.step = 0
         self._learning = False  # True in the middle of an experience
         self._loss_sum = torch.zeros((), device=context.device)
+        self._order = torch.zeros(0, dtype=torch.int64)  # of this epoch
         self._optimizer: torch.optim.Optimizer | None = None
         self._constructed: frozenset[str] | None = None
 
@@ -71,10 +72,14 @@ class TrainingStrategy(ABC, Generic[C]):
         return self.net
 
     def parameters(self) -> Iterator[nn.Parameter]:
-        """What the optimizer updates: every parameter of every module held as an attribute, unless it is frozen."""
+        """What the optimizer updates: every parameter held as an attribute or in a module that is one, unless it is frozen."""
+        seen: set[int] = set()  # two attributes may hold one module
         for value in vars(self).values():
-            if isinstance(value, nn.Module):
-                yield from (parameter for parameter in value.parameters() if parameter.requires_grad)
+            held = value.parameters() if isinstance(value, nn.Module) else [value] if isinstance(value, nn.Parameter) else []
+            for parameter in held:
+                if parameter.requires_grad and id(parameter) not in seen:
+                    seen.add(id(parameter))
+                    yield parameter
 
     @property
     def device(self) -> torch.device:
@@ -114,7 +119,7 @@ class TrainingStrategy(ABC, Generic[C]):
     def learn(self, experience: DataExperience) -> Mapping[str, float]:
         """Train for the recipe's epochs; goes on in the middle after `load`."""
         if self._constructed is None:
-            self._constructed = frozenset(vars(self))
+            self._constructed = frozenset(self._objects())
         self.experience = experience
         with self.context.global_rng("training", experience.index):
             if not self._learning:
@@ -138,8 +143,10 @@ class TrainingStrategy(ABC, Generic[C]):
         for module in vars(self).values():
             if isinstance(module, nn.Module) and any(parameter.requires_grad for parameter in module.parameters()):
                 module.train()
-        order = self.order(experience, self.context.generator("order", experience.index, epoch))
-        batches = order.split(self.recipe.batch_size)
+        if self.step == 0:
+            # Kept for checkpoints: what an order of one's own depends on may have changed in the middle of the epoch.
+            self._order = self.order(experience, self.context.generator("order", experience.index, epoch))
+        batches = self._order.split(self.recipe.batch_size)
         for step in range(self.step, len(batches)):
             self.step = step
             self._learn_batch(experience, batches[step], epoch * len(batches) + step, self.recipe.epochs * len(batches))
@@ -177,28 +184,41 @@ class TrainingStrategy(ABC, Generic[C]):
         self.after_step(batch)
 
     def state(self) -> State:
-        """Every attribute, the position and the optimizer.
+        """Every attribute, the position and the optimizer. Tensors are not copied: write it down before going on.
 
         Raises:
             TypeError: If an attribute holds what a checkpoint cannot; the message names it.
         """
-        attributes = {}
+        late = [path for path in self._objects() if self._constructed is not None and path not in self._constructed]
+        if late:
+            raise TypeError(f"attribute {late[0]!r}: make it in __init__, so that a checkpoint can be loaded into it")
+        attributes: dict[str, Any] = {}
+        modules: dict[int, str] = {}
         for name, value in vars(self).items():
             if name in _TRANSIENT:
                 continue
-            attributes[name] = encode(name, value)
-            if attributes[name]["is"] == "object" and self._constructed is not None and name not in self._constructed:
-                raise TypeError(f"attribute {name!r}: make it in __init__, so that a checkpoint can be loaded into it")
+            first = modules.setdefault(id(value), name) if isinstance(value, nn.Module) else name
+            attributes[name] = encode(name, value) if first == name else {"is": "same", "value": first}
         optimizer = self._optimizer.state_dict() if self._optimizer is not None and self._learning else None
         return {"attributes": attributes, "optimizer": optimizer}
 
     def load(self, state: State) -> None:
         """Take up where `state` was taken."""
+        for name in vars(self).keys() - state["attributes"].keys() - _TRANSIENT:
+            delattr(self, name)
         for name, tagged in state["attributes"].items():
-            setattr(self, name, decode(name, tagged, getattr(self, name, None), self.context))
+            if tagged["is"] == "same":
+                setattr(self, name, getattr(self, tagged["value"]))
+            else:
+                setattr(self, name, decode(name, tagged, getattr(self, name, None), self.context))
         if state["optimizer"] is not None:
             self._optimizer = make_optimizer(self.recipe, list(self.parameters()))
             self._optimizer.load_state_dict(state["optimizer"])
+
+    def _objects(self) -> Iterator[str]:
+        for name, value in vars(self).items():
+            if name not in _TRANSIENT:
+                yield from objects(name, value)
 
 
 def joined(first: Batch, second: Batch) -> Batch:

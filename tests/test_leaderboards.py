@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from jsonschema import Draft202012Validator
+from jsonschema import Draft202012Validator  # type: ignore[import-untyped]
 
 from shiftproof.benchmark.leaderboard import check_board, read_board, record_texts
 from shiftproof.benchmark.verification import schema

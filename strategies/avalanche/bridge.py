@@ -6,7 +6,7 @@ import math
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Generic, TypedDict, TypeVar
 
@@ -27,7 +27,8 @@ C = TypeVar("C")
 class AvalancheParts(TypedDict):
     """The keyword arguments that every SupervisedTemplate takes, filled from the stream: hand them on as `**parts`.
 
-    `model` takes task labels; `plugins` holds the stream's recipe and has to stay first; `evaluator` measures and prints nothing.
+    `model` is Avalanche's multi-task module, or a plain one where all tasks share a head; `plugins` begins with the stream's
+    recipe, and others may be appended; `evaluator` measures and prints nothing.
     """
 
     model: nn.Module
@@ -45,21 +46,16 @@ class AvalancheStrategy(ABC, Generic[C]):
     """Learns with an Avalanche strategy: write `template`.
 
     All of the recipe holds: optimizer (its state starts anew with every experience), learning rate of every step, epochs, batch
-    size, clipping, augmentation (of training inputs and of what comes back from a buffer) and precision. Whatever Avalanche
-    draws, it draws inside a fence of its own. An interrupted cell starts again, since Avalanche cannot stop in the middle.
-
-    Attributes:
-        net: The model that is trained; starts as `context.new_model()`.
+    size, clipping, precision, and augmentation, also of what comes back from a buffer. Whatever Avalanche draws, it draws
+    inside a fence of its own. An interrupted cell starts again, since Avalanche cannot stop in the middle.
     """
 
     def __init__(self, config: C, context: RunContext) -> None:
         self.config = config
         self.context = context
-        self.net: Model = context.new_model()
         with context.global_rng("avalanche", "template"), _quiet():
-            self._model = _task_aware(self.net, context)
             self._recipe = _RecipePlugin(context)
-            parts = _parts(self._model, self._recipe, context)
+            parts = _parts(_wrapped(context.new_model(), context), self._recipe, context)
             self._template = self.template(parts)
         self._refuse_altered(parts)
         self._seen: set[int] = set()
@@ -73,103 +69,116 @@ class AvalancheStrategy(ABC, Generic[C]):
 
         Raises:
             NotFiniteError: If the loss is NaN or infinite.
+            InputError: If the template has a loop of its own that the recipe cannot reach.
         """
+        shared = len(self.model().heads) == 1
         with self.context.global_rng("avalanche", experience.index), _quiet():
-            one = to_experience(experience, self.context.recipe, self._seen)
+            one = to_experience(experience, self.context.recipe, shared, self._seen)
             self._template.train(one, eval_streams=[])
         self._seen |= one.classes_in_this_experience
-        return {"loss": self._recipe.mean_loss()}
+        return {"loss": self._recipe.loss}
 
-    def model(self) -> nn.Module:
+    def model(self) -> Model:
         """The model to evaluate."""
-        # Some strategies (iCaRL, say) answer with a module of their own.
-        return self.net if self._template.model is self._model else _Answers(self._template.model)
+        model: Model = self._template.model.net
+        return model
 
     def _refuse_altered(self, parts: AvalancheParts) -> None:
-        kept = {
+        keeps = {
+            "model": self._template.model is parts["model"],
             "optimizer": self._template.optimizer is parts["optimizer"],
             "train_mb_size": self._template.train_mb_size == parts["train_mb_size"],
             "train_epochs": self._template.train_epochs == parts["train_epochs"],
             "plugins": self._recipe in self._template.plugins,
         }
-        altered = [name for name, holds in kept.items() if not holds]
+        altered = [name for name, kept in keeps.items() if not kept]
         if altered:
             raise InputError(
-                f"{type(self).__name__}.template: expected a template that keeps the stream's recipe, got one with its own "
-                f"{', '.join(altered)}; make it with **parts"
+                f"{type(self).__name__}.template: expected an Avalanche strategy with the stream's model and recipe, "
+                f"got one with its own {', '.join(altered)}; make it with **parts"
             )
 
 
 class _RecipePlugin:
     """What of the recipe does not fit into a template's arguments. Avalanche asks any object for these methods by name.
 
-    It comes first in every template: its `before_update` precedes other updates of the gradient only if those are made in
-    `after_backward`, where Avalanche's gradient projections are.
+    It comes first. So the loss is looked at before projections of the gradient choke on a NaN; those are made in
+    `after_backward`, so that `before_update` clips what is left of the gradient.
     """
 
     def __init__(self, context: RunContext) -> None:
         self.context = context
-        self.done = 0  # steps of this experience
-        self.losses: list[float] = []  # of this epoch
-
-    def mean_loss(self) -> float:
-        """Over the last epoch."""
-        return sum(self.losses) / len(self.losses)
+        self.loss = 0.0  # mean over the last epoch
+        self._done = 0  # steps of this experience
+        self._losses: list[float] = []  # of this epoch
 
     def before_training_exp(self, template: Any, **_: Any) -> None:
         template.optimizer.state.clear()
-        self.done = 0
-
-    def before_training_epoch(self, template: Any, **_: Any) -> None:
-        self.losses = []
+        self._done = 0
 
     def after_backward(self, template: Any, **_: Any) -> None:
-        self.losses.append(float(template.loss.detach()))
-        if not math.isfinite(self.losses[-1]):
-            raise NotFiniteError(f"expected a finite loss, got {self.losses[-1]} in step {self.done} of the experience")
+        loss = float(template.loss.detach())
+        if not math.isfinite(loss):
+            raise NotFiniteError(f"expected a finite loss, got {loss} in step {self._done} of the experience")
+        self._losses.append(loss)
 
     def before_update(self, template: Any, **_: Any) -> None:
         recipe = self.context.recipe
         for group in template.optimizer.param_groups:
-            group["lr"] = learning_rate(recipe, self.done, recipe.epochs * len(template.dataloader))
+            group["lr"] = learning_rate(recipe, self._done, recipe.epochs * len(template.dataloader))
         if recipe.clip_norm:
             nn.utils.clip_grad_norm_(template.model.parameters(), recipe.clip_norm)
-
-    def after_update(self, template: Any, **_: Any) -> None:
-        self.done += 1
+        self._done += 1
         self.context.cost.optimizer_steps += 1
 
     def after_training_epoch(self, template: Any, **_: Any) -> None:
         self.context.cost.samples_seen += len(template.adapted_dataset)  # without what a buffer adds to the batches
+        if self._losses:
+            self.loss = sum(self._losses) / len(self._losses)
+        self._losses = []
+
+    def after_training_exp(self, template: Any, **_: Any) -> None:
+        if self._done == 0:
+            raise InputError(
+                f"{type(template).__name__}: expected a loop that calls before_update, got one that does not, "
+                "so that the learning rate of the stream's recipe cannot be set; this strategy cannot be used here"
+            )
 
 
-class _Answers(nn.Module):
-    """An Avalanche model as `forward(x, task)`."""
+class _SharedHead(nn.Module):
+    """A model with one head as Avalanche has them: no task labels."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, net: Model, context: RunContext) -> None:
         super().__init__()
-        self.inner = model
+        self.net = net
+        self.task = int(next(iter(net.heads)))
+        self.precision = _precision(context)
 
-    def forward(self, x: Tensor, task: int | Tensor) -> Tensor:
-        from avalanche.models import avalanche_forward
+    def forward(self, x: Tensor) -> Tensor:
+        with self.precision:
+            logits: Tensor = self.net(x, self.task)
+        return logits.float()
 
-        logits: Tensor = avalanche_forward(self.inner, x, task)
-        return logits
+
+def _wrapped(net: Model, context: RunContext) -> nn.Module:
+    """Our model as Avalanche calls one, in the recipe's precision."""
+    return _SharedHead(net, context) if len(net.heads) == 1 else _multi_task(net, context)
 
 
-def _task_aware(net: Model, context: RunContext) -> nn.Module:
-    """Our model as Avalanche's multi-task module, in the recipe's precision. It is defined here because its base is heavy."""
+def _multi_task(net: Model, context: RunContext) -> nn.Module:
+    """A model with several heads. The class is defined in here because its base comes with all of Avalanche."""
     from avalanche.models import MultiTaskModule
 
-    class TaskAware(MultiTaskModule):  # type: ignore[misc]
+    class MultiTask(MultiTaskModule):  # type: ignore[misc]
         def __init__(self) -> None:
             super().__init__()
             self.net = net
+            self.precision = _precision(context)
 
         def forward(self, x: Tensor, task_labels: Tensor | int | None) -> Any:
-            with torch.autocast(x.device.type, torch.bfloat16, enabled=context.recipe.precision == "bfloat16"):
+            with self.precision:
                 features = self.net.features(x)
-                if task_labels is None:  # of every task met so far, for distillation
+                if task_labels is None:  # by the head of every task met so far, for distillation
                     known = sorted(self.known_train_tasks_labels)
                     return {task: self.net.classify(features, task).float() for task in known}
                 if isinstance(task_labels, Tensor):
@@ -179,7 +188,12 @@ def _task_aware(net: Model, context: RunContext) -> nn.Module:
         def forward_single_task(self, x: Tensor, task_label: int) -> Any:
             return self.forward(x, task_label)
 
-    return TaskAware()
+    return MultiTask()
+
+
+def _precision(context: RunContext) -> AbstractContextManager[Any]:
+    is_bfloat16 = context.recipe.precision == "bfloat16"
+    return torch.autocast(context.device.type, torch.bfloat16) if is_bfloat16 else nullcontext()
 
 
 def _parts(model: nn.Module, recipe_plugin: _RecipePlugin, context: RunContext) -> AvalancheParts:
@@ -213,7 +227,10 @@ def _quiet() -> Iterator[None]:
 
 
 def missing(*modules: str) -> str:
-    """Why a strategy that needs these modules cannot run here; empty if it can. Imports none of them."""
+    """Why a strategy that needs these modules cannot run here, for `StrategySpec.unavailable`; empty if it can.
+
+    None of them is imported.
+    """
     absent = [module for module in modules if find_spec(module) is None]
     packages = " ".join("avalanche-lib" if module == "avalanche" else module for module in absent)
     return f"needs {packages}, which is not installed: pip install {packages}" if absent else ""

@@ -20,9 +20,10 @@ if TYPE_CHECKING:
 def to_avalanche(stream: Stream, fold: str = "all") -> CLScenario:
     """A fold as an Avalanche benchmark, on which Avalanche's own loop trains and evaluates.
 
-    `train_stream` has an experience for each of the fold's, `test_stream` one for each eval set, both with task labels: models
-    need a head for each task id, such as Avalanche's multi-head classifiers. Training inputs are augmented as the stream's
-    recipe says; the rest of the recipe is up to whoever makes the Avalanche strategy.
+    `train_stream` has an experience for each of the fold's, `test_stream` one for each eval set. Task labels are the stream's
+    task ids, for models with a head for each, such as Avalanche's multi-head classifiers; where all tasks share one head they
+    are 0, as in Avalanche's class-incremental benchmarks. Training inputs are augmented as the stream's recipe says; the rest
+    of the recipe is up to whoever makes the Avalanche strategy.
 
     Raises:
         InputError: If there is no such fold, or its experiences carry no data.
@@ -32,23 +33,24 @@ def to_avalanche(stream: Stream, fold: str = "all") -> CLScenario:
     names = [one.name for one in stream.folds]
     if fold not in names:
         raise InputError(f"stream {stream.name!r}: expected a fold among {', '.join(names)}, got {fold!r}")
-    chosen = stream.fold(fold)
-    train = [_training_set(one, stream.recipe) for one in chosen.train if isinstance(one, DataExperience)]
+    chosen, shared = stream.fold(fold), len(stream.heads) == 1
+    train = [_training_set(one, stream.recipe, shared) for one in chosen.train if isinstance(one, DataExperience)]
     if len(train) < len(chosen.train):
         raise InputError(f"stream {stream.name!r}: expected experiences with data, got experts; choose a data stream")
-    test = [_test_set(eval_set) for eval_set in chosen.evals]
+    test = [_test_set(eval_set, shared) for eval_set in chosen.evals]
     return with_classes_timeline(with_task_labels(benchmark_from_datasets(train=train, test=test)))
 
 
-def to_experience(experience: DataExperience, recipe: Recipe, seen: AbstractSet[int]) -> DatasetExperience:
+def to_experience(experience: DataExperience, recipe: Recipe, shared: bool, seen: AbstractSet[int]) -> DatasetExperience:
     """One experience, alone in its stream: what comes later is not known.
 
     Args:
+        shared: All tasks share one head, and their label is 0.
         seen: Classes of earlier experiences.
     """
     from avalanche.benchmarks import CLStream, DatasetExperience, with_task_labels
 
-    dataset = _training_set(experience, recipe)
+    dataset = _training_set(experience, recipe, shared)
     one = with_task_labels(DatasetExperience(dataset=dataset, current_experience=experience.index))
     one.origin_stream = CLStream("train", [one], set_stream_info=False)
     one.classes_in_this_experience = set(dataset.targets.uniques)
@@ -71,22 +73,24 @@ class _Samples(Dataset[tuple[Tensor, int]]):
         return as_float(self.x[index]), self.targets[index]
 
 
-def _training_set(experience: DataExperience, recipe: Recipe) -> TaskAwareSupervisedClassificationDataset:
+def _training_set(experience: DataExperience, recipe: Recipe, shared: bool) -> TaskAwareSupervisedClassificationDataset:
     def altered(x: Tensor) -> Tensor:
         # Drawn from the global generator like everything that Avalanche draws.
         return augment(x[None], recipe.augment, torch.default_generator)[0]
 
     tasks = experience.tasks(torch.arange(len(experience.train)))
-    # Where there is nothing to transform, a dataset without transforms is several times faster to read.
-    return _dataset([experience.train], tasks, {"train": altered, "eval": None} if recipe.augment != "none" else None)
+    # Where there is nothing to alter, a dataset without transforms is faster to read.
+    return _dataset([experience.train], tasks, shared, {"train": altered, "eval": None} if recipe.augment != "none" else None)
 
 
-def _test_set(eval_set: EvalSet) -> TaskAwareSupervisedClassificationDataset:
-    parts = [data for _, data in eval_set.parts]
-    return _dataset(parts, torch.cat([torch.full_like(data.y, task) for task, data in eval_set.parts]), None)
+def _test_set(eval_set: EvalSet, shared: bool) -> TaskAwareSupervisedClassificationDataset:
+    tasks = torch.cat([torch.full_like(data.y, task) for task, data in eval_set.parts])
+    return _dataset([data for _, data in eval_set.parts], tasks, shared)
 
 
-def _dataset(parts: list[ArrayData], tasks: Tensor, transforms: Any) -> TaskAwareSupervisedClassificationDataset:
+def _dataset(
+    parts: list[ArrayData], tasks: Tensor, shared: bool, transforms: dict[str, Any] | None = None
+) -> TaskAwareSupervisedClassificationDataset:
     from avalanche.benchmarks.utils import (
         ConstantSequence,
         DataAttribute,
@@ -95,12 +99,14 @@ def _dataset(parts: list[ArrayData], tasks: Tensor, transforms: Any) -> TaskAwar
         TransformGroups,
     )
 
+    labels = torch.zeros_like(tasks) if shared else tasks
+    is_constant = bool((labels == labels[0]).all())  # which Avalanche looks up faster
     samples = [_Samples(data) for data in parts]
-    targets = [target for one in samples for target in one.targets]
-    one_task = int(tasks[0]) if bool((tasks == tasks[0]).all()) else None
-    labels = tasks.tolist() if one_task is None else ConstantSequence(one_task, len(tasks))
     return TaskAwareSupervisedClassificationDataset(
         samples,
-        data_attributes=[DataAttribute(targets, "targets"), TaskLabels(labels)],
+        data_attributes=[
+            DataAttribute([target for one in samples for target in one.targets], "targets"),
+            TaskLabels(ConstantSequence(int(labels[0]), len(labels)) if is_constant else labels.tolist()),
+        ],
         transform_groups=None if transforms is None else TransformGroups(transforms),
     )

@@ -65,7 +65,7 @@ class GroupBalancedReplay(TrainingStrategy[GroupBalancedReplayConfig]):
         return experience.train.y[index] * _count(experience.groups) + experience.groups[index]
 
     def _retrained(self) -> nn.Module:
-        model = deepcopy(self.net)
+        model = deepcopy(self.net).eval()
         memory = self.buffer.contents()
         batch = self.replayed(memory, "retrain")
         with torch.no_grad():
@@ -78,6 +78,8 @@ class GroupBalancedReplay(TrainingStrategy[GroupBalancedReplayConfig]):
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()
                 optimizer.step()
+                self.context.cost.optimizer_steps += 1
+                self.context.cost.samples_seen += len(index)
         return model
 
 

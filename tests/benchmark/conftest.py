@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any
 
 import pytest
 
@@ -15,12 +15,7 @@ from shiftproof.benchmark.streams import Scenario
 Counts = Sequence[Sequence[Sequence[tuple[int, int]]]]
 
 
-class MakeRecord(Protocol):
-    """What the fixture `make_record` is."""
-
-    def __call__(
-        self, strategy: str = "sgd", seed: int = 0, counts: Counts | None = None, *, failed: bool = False, **changes: Any
-    ) -> RunRecord: ...
+MakeRecord = Callable[..., RunRecord]
 
 
 def digest(text: str) -> str:

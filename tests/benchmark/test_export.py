@@ -5,7 +5,8 @@ from __future__ import annotations
 import csv
 import io
 import json
-from typing import Any, Protocol
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 from rich.console import Console
@@ -15,11 +16,7 @@ from shiftproof.benchmark.export import render, table
 from shiftproof.benchmark.leaderboard import board_json, build_board
 from shiftproof.benchmark.records import RunRecord
 
-
-class MakeRecord(Protocol):
-    def __call__(
-        self, strategy: str = "sgd", seed: int = 0, counts: Any = None, *, failed: bool = False, **changes: Any
-    ) -> RunRecord: ...
+MakeRecord = Callable[..., RunRecord]
 
 
 def two_groups(good: int, bad: int) -> list[Any]:
@@ -74,13 +71,7 @@ def test_csv_holds_every_number_as_stored(board: dict[str, Any]) -> None:
         for name, summary in row["metrics"].items():
             own, pooled = summary["interval"] or {}, summary["pooled_interval"] or {}
             low, high = summary["rank_range"] or (None, None)
-            expected = {
-                "mean": summary["mean"],
-                "std": summary["std"],
-                "rank": summary["rank"],
-                "rank_low": low,
-                "rank_high": high,
-            }
+            expected = {key: summary[key] for key in ("mean", "std", "rank")} | {"rank_low": low, "rank_high": high}
             expected |= {"low": own.get("low"), "high": own.get("high")}
             expected |= {"pooled_low": pooled.get("low"), "pooled_high": pooled.get("high")}
             assert {key: float(text) if (text := line[f"{name}_{key}"]) else None for key in expected} == expected

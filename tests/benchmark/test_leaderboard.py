@@ -1,4 +1,4 @@
-"""Boards from synthetic records. Oracles: scipy and numpy on the counts, hand computation, invariance, and deliberate damage."""
+"""Boards from synthetic records. Oracles: scipy and numpy on the counts, sums by hand, invariance, damage done on purpose."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import pytest
@@ -25,10 +25,7 @@ from shiftproof.benchmark.records import RecordStore, RunRecord, sha256
 Board = dict[str, Any]
 
 
-class MakeRecord(Protocol):
-    def __call__(
-        self, strategy: str = "sgd", seed: int = 0, counts: Any = None, *, failed: bool = False, **changes: Any
-    ) -> RunRecord: ...
+MakeRecord = Callable[..., RunRecord]
 
 
 def one_task(*correct: int) -> list[Any]:
@@ -85,7 +82,7 @@ def test_the_pooled_interval_and_the_critical_difference_come_from_the_two_way_r
     board = build_board(
         "b", [make_record(name, s, one_task(c)) for name, seeds in correct.items() for s, c in enumerate(seeds)]
     )
-    # By hand: means 57 and 77, seeds 60, 67.5, 73.5 around 67, so residuals of a are 0, 2.5, -2.5 points and of b their negative.
+    # By hand: means 57 and 77, seeds 60, 67.5 and 73.5 around 67: residuals 0, 2.5 and -2.5, and their negatives.
     variance = 4 * 0.025**2 / 2
     how = board["sections"][0]["ranking"]["worst"]
     assert (how["residual_variance"], how["degrees"], how["rows"], how["seeds"]) == (pytest.approx(variance), 2, 2, 3)
@@ -242,6 +239,14 @@ def test_two_versions_of_a_strategys_code_are_two_rows(make_record: MakeRecord) 
     assert sorted(rows(board)) == sorted(f"lws code={sha256(text)[:8]}" for text in ("lws", "edited"))
 
 
+def test_hashes_are_shown_where_configs_alone_do_not_tell_rows_apart(make_record: MakeRecord) -> None:
+    code = sha256("edited")
+    changes: list[dict[str, Any]] = [{"config": {"g": 1}}, {"config": {"g": 2}}, {"config": {"g": 1}, "code_sha256": code}]
+    variants = [row["variant"] for row in build_board("b", [make_record("lws", **c) for c in changes])["sections"][0]["rows"]]
+    first = sha256("lws")[:8]
+    assert sorted(variants) == sorted([f"code={first}, g=1", f"code={first}, g=2", f"code={code[:8]}, g=1"])
+
+
 def test_a_cell_that_ran_on_two_devices_is_in_two_rows(make_record: MakeRecord) -> None:
     board = build_board("b", [make_record("lws", 0), make_record("lws", 0, device="cuda")])
     assert sorted(rows(board)) == ["lws device=cpu", "lws device=cuda"]
@@ -261,6 +266,7 @@ OTHER_SECTION: list[dict[str, Any]] = [
     {"tier": "full"},
     {"selection": "best epoch on validation data"},
     {"custom": True},
+    {"evaluate": "last"},
     {"knobs": {"p_corr": 0.5}, "data_sha256": sha256("other data"), "custom": True},
     {"base": {"backbone": "vit", "kind": "random", "sha256": sha256("vit")}, "backbone": "vit", "base_sha256": sha256("vit")},
     {"protocol_version": 99},
@@ -290,9 +296,7 @@ def test_titles_name_what_tells_sections_apart(make_record: MakeRecord) -> None:
 
 
 @pytest.mark.parametrize("name", ["split_sha256", "data_sha256", "stream_version"])
-def test_standard_records_of_one_stream_that_differ_in_version_split_or_data_are_refused(
-    make_record: MakeRecord, name: str
-) -> None:
+def test_standard_records_that_differ_in_version_split_or_data_are_refused(make_record: MakeRecord, name: str) -> None:
     value = "2" if name == "stream_version" else sha256("other")
     with pytest.raises(InputError, match=f"of stream 'b-digits' on a board, got {name} .* and .*; build a board from each"):
         build_board("b", [make_record("er"), make_record("sgd", **{name: value})])
@@ -336,7 +340,7 @@ def edit_code_hash(content: Any) -> None:
     content["plugin"]["code_sha256"] = sha256("other")
 
 
-EDITS = {
+EDITS: dict[Callable[[Any], None], str] = {
     edit_seed: "expected run_id [0-9a-f]{64}, got",
     edit_count: "expected results_sha256 [0-9a-f]{64}, got",
     edit_metric: "metric 'worst': expected 0.[0-9]+ from the counts, got",
@@ -441,9 +445,10 @@ def test_check_finds_a_number_of_the_board_though_the_boards_hash_was_made_anew(
 
 
 def test_check_finds_a_row_that_was_added_and_one_that_was_taken_away(records: list[RunRecord]) -> None:
-    for change in (lambda rows: rows.append(rows[0]), lambda rows: rows.pop()):
+    rows = build_board("b", records)["sections"][0]["rows"]
+    for changed in (rows + rows[:1], rows[1:]):
         board = build_board("b", records)
-        change(board["sections"][0]["rows"])
+        board["sections"][0]["rows"] = changed
         assert any("$.sections[0].rows: expected 3 items" in problem for problem in check_board(board, records))
 
 
@@ -505,11 +510,11 @@ def test_a_board_is_read_back_as_it_was_built(board_file: Path, records: list[Ru
         (lambda text: text[: len(text) // 2], "digits.json: expected a complete JSON file"),
         (
             lambda text: text.replace('"seed', '"sead', 1),
-            "digits.json: expected what leaderboards/schema.json describes, got at",
+            "expected what leaderboards/schema.json describes",
         ),
         (
             lambda text: text.replace('"name": "digits"', '"name": "digit5"'),
-            "expected a board as it was built, got one that was edited",
+            "expected a board as it was built, got",
         ),
         (lambda text: text.replace('"schema_version": "1.', '"schema_version": "2.'), "expected schema 1.0.0, got 2.0.0"),
         (lambda text: text.replace('"kind": "board"', '"kind": "bored"'), "expected a board, got kind 'bored'"),
@@ -537,7 +542,7 @@ def test_record_texts_reads_the_files_of_a_store(records: list[RunRecord], tmp_p
     store = RecordStore(tmp_path)
     for record in records:
         store.write(record)
-    assert record_texts(store.folder) == texts(records)
+    assert record_texts(store.folder) == record_texts(tmp_path) == texts(records)
     with pytest.raises(InputError, match="expected a folder with the board's records"):
         record_texts(tmp_path / "none")
 

@@ -55,7 +55,8 @@ def test_the_residual_variance_of_an_additive_table_is_exactly_zero() -> None:
 
 
 def _true_ranks(means: Values) -> Values:
-    return 1.0 + (means[:, None] < means[None, :]).sum(1)
+    ranks: Values = 1.0 + (means[:, None] < means[None, :]).sum(1)
+    return ranks
 
 
 @pytest.mark.parametrize(

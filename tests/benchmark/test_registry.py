@@ -16,6 +16,7 @@ from shiftproof.benchmark.registry import PluginOrigin, load_registry
 
 TOY = """
     from dataclasses import dataclass
+    from shiftproof.benchmark import DataExperience
 
     @dataclass(frozen=True)
     class ToyConfig:
@@ -41,7 +42,7 @@ def suite(name: str) -> str:
 
 
 def write(file: Path, source: str) -> Path:
-    file.write_text("from shiftproof.benchmark import *\n" + textwrap.dedent(source))
+    file.write_text("from shiftproof.benchmark import StrategySpec, SuiteSpec, hookimpl\n" + textwrap.dedent(source))
     return file
 
 
@@ -94,7 +95,7 @@ def test_a_plugin_that_fails_to_import_does_not_disturb_the_others(site: Any) ->
     assert "fine-suite" in registry.suites
     (problem,) = registry.problems
     assert (problem.name, problem.distribution) == ("broken", "shiftproof-broken")
-    assert problem.error == "ModuleNotFoundError: No module named 'a_module_that_is_not_there' (toy_broken.py, line 3)"
+    assert problem.error == "ModuleNotFoundError: No module named 'a_module_that_is_not_there' (toy_broken.py, line 2)"
 
 
 @pytest.mark.parametrize("source", ["raise SystemExit(3)", "this is no python", "1 / 0", "raise Exception('two\\n lines')"])
@@ -102,13 +103,13 @@ def test_whatever_an_import_raises_ends_in_one_line(site: Any, source: str) -> N
     site.install("broken", source)
     (problem,) = load_registry(["broken"]).problems
     assert "\n" not in problem.error
-    assert "toy_broken.py, line 3" in problem.error
+    assert "toy_broken.py, line 2" in problem.error
 
 
 def test_the_error_of_a_plugin_is_free_of_absolute_paths(site: Any) -> None:
     site.install("broken", "raise OSError('cannot read ' + __file__)")
     (problem,) = load_registry(["broken"]).problems
-    assert problem.error == "OSError: cannot read toy_broken.py (toy_broken.py, line 3)"
+    assert problem.error == "OSError: cannot read toy_broken.py (toy_broken.py, line 2)"
 
 
 def test_strict_makes_a_broken_plugin_fatal(site: Any) -> None:

@@ -383,7 +383,7 @@ def add_population(buffer: Any, step: int, generator: torch.Generator) -> None:
 
 
 def add_running(buffer: Any, step: int, generator: torch.Generator) -> None:
-    offer(buffer, torch.rand(8, generator=generator), generator, task=step // 3)
+    offer(buffer, torch.rand(8, generator=generator) / 10 ** (step % 3), generator, task=step // 3)
     if step % 3 == 2:
         buffer.end_task()
 
