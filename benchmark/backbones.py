@@ -17,7 +17,7 @@ class SmallConvNet(nn.Module):
         channels: Maps of the three convolutions.
     """
 
-    def __init__(self, input_shape: tuple[int, ...], channels: tuple[int, int, int] = (16, 32, 64)) -> None:
+    def __init__(self, input_shape: tuple[int, ...], channels: tuple[int, int, int] = (8, 16, 32)) -> None:
         super().__init__()
         inputs, height, width = input_shape
         layers: list[nn.Module] = []
@@ -61,7 +61,7 @@ def shiftproof_backbones() -> list[BackboneSpec]:
         BackboneSpec(
             "digits-cnn",
             SmallConvNet,
-            "three convolutions of stride 2, 16, 32 and 64 maps, no running statistics",
+            "three convolutions of stride 2, 8, 16 and 32 maps, no running statistics",
             "Springenberg et al., Striving for Simplicity, ICLR 2015 workshop, arXiv:1412.6806",
         ),
         BackboneSpec(

@@ -69,8 +69,9 @@ def _facts(record: RunRecord) -> dict[str, Any]:
 def _flat(facts: Mapping[str, Any]) -> dict[str, Any]:
     """What a title may have to say beside the stream's name and version, the recipe's name and 'custom'."""
     nested = {f"{block}.{name}": value for block in ("knobs", "recipe", "base") for name, value in facts[block].items()}
-    plain = {name: facts[name] for name in (*ONE_ON_A_BOARD, "protocol_version", "scenario", "evaluate", "tier", "selection")}
-    return {name: value for name, value in (nested | plain).items() if name not in ("recipe.name", "stream_version")}
+    names = ("split_sha256", "data_sha256", "protocol_version", "scenario", "evaluate", "tier", "selection")
+    plain = {name: facts[name] for name in names}
+    return {name: value for name, value in (nested | plain).items() if name != "recipe.name"}
 
 
 def tell_apart(names: Sequence[str], facts: Sequence[Mapping[str, Any]]) -> list[str]:

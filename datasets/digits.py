@@ -51,8 +51,9 @@ GROUPS = ("y0-z0", "y0-z1", "y1-z0", "y1-z1")  # of group 2 * y + z
 PAIRS = ((0, 1), (2, 3), (4, 5), (6, 7), (8, 9))
 CHUNK = 20  # training samples a label are a multiple of it, which makes shares such as 0.5, 0.9 and 0.95 exact
 
-BASE = BaseRecipe(backbone="digits-cnn", kind="barlow-twins", epochs=20)
-RECIPE = Recipe(name="standard", epochs=20, batch_size=32, optimizer="sgd", lr=0.05, momentum=0.9, schedule="cosine")
+# Calibrated together with the knobs below, on seeds that no suite uses; README.md has the table.
+BASE = BaseRecipe(backbone="digits-cnn", kind="barlow-twins", epochs=3)
+RECIPE = Recipe(name="standard", epochs=25, batch_size=64, optimizer="sgd", lr=0.12, momentum=0.9, schedule="cosine")
 
 VERSION = "1"
 SOURCE = "E. Alpaydin and C. Kaynak, Optical Recognition of Handwritten Digits, UCI, 1998 (the part that scikit-learn ships)"
@@ -74,7 +75,7 @@ class BiasedDigitsConfig(DigitsConfig):
     """Knobs of the streams with a planted bias."""
 
     p_corr: Annotated[float, Ge(0.5), Le(1)] = 0.95  # share of training samples whose ink goes with their label
-    colour_axes: Annotated[int, Ge(1), Le(len(AXES))] = 1  # tasks cycle over so many pairs of inks
+    colour_axes: Annotated[int, Ge(1), Le(len(AXES))] = 4  # tasks cycle over so many pairs of inks
     alternate_sign: bool = False  # every second task swaps which ink goes with which label
     saturation: Annotated[int, Ge(0), Le(255)] = 255  # how much the inks differ; 255 = pure colours, 0 = both white
 

@@ -18,7 +18,8 @@ class BpaConfig:
     """Defaults from thesis 4.3; in the released code the momentum has no effect and an exponential blend takes its place."""
 
     clusters: Annotated[int, Ge(1)] = 8  # per class, at most
-    momentum: Annotated[float, Gt(0), Le(1)] = 0.3  # of a sample's new weight; 1 = off
+    momentum: Annotated[float, Gt(0), Le(1)] = 0.3  # m, of the new weight; 1 = off
+    state: Literal["sample", "cluster"] = "sample"  # what has momentum; as in the released LwS, or as the text words it
     features: Literal["erm", "base"] = "erm"  # what is clustered: BPA trains a network by cross-entropy first
     applied: Literal["stored", "current"] = "stored"  # weights of the last visit, or from the losses recorded so far
     refresh_every: Annotated[int, Ge(1)] = 1  # steps; released: 10
@@ -36,7 +37,7 @@ RELEASED = BpaConfig(
 class BpaReplayConfig(BpaConfig):
     """BPA with a reservoir (thesis 5.4.2)."""
 
-    buffer_size: Annotated[int, Ge(1)] = 512  # samples
+    buffer_size: Annotated[int, Ge(1)] = 1024  # samples
 
 
 class Bpa(TrainingStrategy[Any]):
@@ -47,6 +48,7 @@ class Bpa(TrainingStrategy[Any]):
         self.weights = ClusterWeights(
             gamma=0.0,
             momentum=config.momentum,
+            state=config.state,
             applied=config.applied,
             refresh_every=config.refresh_every,
             sizes_until_seen=config.sizes_until_seen,

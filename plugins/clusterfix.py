@@ -24,7 +24,7 @@ from shiftproof.strategies import (
 
 @dataclass(frozen=True)
 class ClusterFixConfig:
-    """Defaults from thesis 4.3. The text gives no gamma; the "lambda" of 4.3.1 is taken for it (0.5 CelebA, 0.01 Waterbirds)."""
+    """Defaults from thesis 4.3. The text gives no gamma; "lambda" in 4.3.1 is taken for it (0.5 CelebA, 0.01 Waterbirds)."""
 
     clusters: Annotated[int, Ge(1)] = 8  # K, per class, at most
     gamma: Annotated[float, Ge(0)] = 0.5  # of the pseudo loss, in the weights (Eq. 4.8) and in the objective (Eq. 4.9)
@@ -38,7 +38,7 @@ class ClusterFixConfig:
 class ClusterFixReplayConfig(ClusterFixConfig):
     """ClusterFix with a reservoir (thesis 5.4.2)."""
 
-    buffer_size: Annotated[int, Ge(1)] = 512  # samples
+    buffer_size: Annotated[int, Ge(1)] = 1024  # samples
 
 
 class ClusterFix(TrainingStrategy[Any]):

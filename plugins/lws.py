@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 import torch
 from annotated_types import Ge, Gt, Le
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from shiftproof.benchmark import Batch, DataExperience, RunContext, StrategySpec, as_float, evaluating, hookimpl
@@ -30,8 +31,9 @@ class LwsConfig:
     gamma: Annotated[float, Ge(0)] = 1.0  # of the cluster loss in w_c, Eq. 5.3
     cluster_coefficient: Annotated[float, Ge(0)] | None = None  # of L_cluster in Eq. 5.4; none = gamma (released)
     momentum: Annotated[float, Gt(0), Le(1)] = 0.3  # of the new weight; 1 = off
+    state: Literal["sample", "cluster"] = "sample"  # what has momentum; as released, or the weight of each cluster
     weighted: bool = True  # False: w_c = 1, Table 5.5
-    buffer_size: Annotated[int, Ge(1)] = 512  # M, samples; thesis: 1024 of 35,840
+    buffer_size: Annotated[int, Ge(1)] = 1024  # M, samples; thesis Table 5.1
     bins: Annotated[int, Ge(1)] = 4  # n, intervals of the loss
     warm_up: Annotated[int, Ge(0)] = 5  # epochs before the losses are taken; a shorter recipe takes them at its end
     redistribute: bool = False  # give the slots of bins without candidates to other bins
@@ -39,6 +41,7 @@ class LwsConfig:
     replay_cluster_coefficient: Annotated[float, Ge(0)] = 1.0  # of the replayed cluster loss, Eq. 5.5
     distillation: Annotated[float, Ge(0)] = 1.0  # of KD, Eq. 5.6
     distillation_reduction: Literal["mean", "sum"] = "mean"  # over the k logits; the text's squared norm is the sum
+    trained_heads: Literal["all", "current"] = "all"  # cluster heads that go on learning; one reading of 5.3.1: current
     features: Literal["base", "erm"] = "base"  # what is clustered: a frozen pre-trained network (5.3.1)
     mode: Literal["population", "running"] = "population"  # fill the buffer from one pass (text), or at every step (released)
     insert_from: Annotated[int, Ge(0)] = 2  # epoch, mode="running"
@@ -54,13 +57,20 @@ class Lws(TrainingStrategy[LwsConfig]):
 
     def __init__(self, config: LwsConfig, context: RunContext) -> None:
         super().__init__(config, context)
-        self.heads = ClusterHeads(context)  # all of them stay trainable: the buffer needs them
-        self.weights = ClusterWeights(gamma=config.gamma, momentum=config.momentum)
+        self.heads = ClusterHeads(context)
+        self.weights = ClusterWeights(gamma=config.gamma, momentum=config.momentum, state=config.state)
         self.buffer = LossBinnedBuffer(config.buffer_size, config.bins, config.mode, config.redistribute)
         self.passed = False  # the losses of this experience have been taken
         self.address = torch.zeros(0, 2, dtype=torch.int64)  # (N, 2), which columns of the heads answer for a sample
         self.cluster = torch.zeros(0, dtype=torch.int64)  # (N,), c within the label
         self.recorded = torch.zeros(0)  # (N,), target losses after the warm-up; 0 before it
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """All of them, unless cluster heads of earlier tasks shall stay as they are; the buffer's losses reach those, too."""
+        heads = self.heads.heads
+        earlier = list(heads)[:-1] if self.config.trained_heads == "current" else []
+        kept = {id(parameter) for name in earlier for parameter in heads[name].parameters()}
+        yield from (parameter for parameter in super().parameters() if id(parameter) not in kept)
 
     def before_experience(self, experience: DataExperience) -> None:
         """Cluster assignment with a frozen network that is the same for all tasks (5.3.1)."""
@@ -80,10 +90,10 @@ class Lws(TrainingStrategy[LwsConfig]):
 
     def after_experience(self, experience: DataExperience) -> None:
         """A recipe shorter than the warm-up takes the losses here."""
-        if not self.passed:
-            self._pass()
         if self.config.mode == "running":
             self.buffer.end_task()
+        elif not self.passed:
+            self._pass()
 
     def loss(self, batch: Batch) -> Tensor:
         """L_stream (Eqs. 5.1-5.4), plus the two buffer objectives once there is something to replay."""

@@ -1,7 +1,7 @@
 """Planted data on which the claim of a method shows within a second, and what it takes to train on it.
 
-A sample is a vector: the first coordinate carries the label, weakly and with noise, the second one the latent attribute, strongly.
-The attribute goes with the label in a share `p_corr` of the training samples, so that it is the shortcut.
+A sample is a vector: the first coordinate carries the label, weakly, the second one the latent attribute, strongly. The
+attribute goes with the label in a share `p_corr` of the training samples, so that it is the shortcut.
 """
 
 from __future__ import annotations
@@ -20,6 +20,11 @@ from shiftproof.benchmark import ArrayData, DataExperience, GroupedExperience, M
 from shiftproof.benchmark.cache import Cache
 from shiftproof.benchmark.context import Checkpointer
 from shiftproof.benchmark.contracts import State
+
+
+SEEDS = (0, 1)
+QUICK = Recipe(name="quick", epochs=10, batch_size=20, lr=0.1, momentum=0.9, schedule="constant")
+SHORT = Recipe(name="short", epochs=8, batch_size=32, lr=0.05, momentum=0.0, schedule="constant")  # stops at the shortcut
 
 
 @dataclass(frozen=True)
@@ -41,7 +46,13 @@ class Split:
 
 
 def biased(
-    seed: int, count: int = 400, p_corr: float = 0.95, core: float = 1.0, shortcut: float = 2.0, spread: float = 0.5, noise: int = 0
+    seed: int,
+    count: int = 400,
+    p_corr: float = 0.95,
+    core: float = 1.0,
+    shortcut: float = 2.0,
+    spread: float = 0.5,
+    noise: int = 0,
 ) -> Split:
     """As many samples of either label, `p_corr` of them aligned, in random order.
 
@@ -58,6 +69,25 @@ def biased(
     signal = np.stack([core * (2 * y - 1), shortcut * (2 * z - 1)], axis=1)
     x = np.concatenate([signal + spread * rng.standard_normal((count, 2)), rng.standard_normal((count, noise))], axis=1)
     return Split(torch.from_numpy(x.astype(np.float32)), torch.from_numpy(y), torch.from_numpy(z))
+
+
+def contradiction(seed: int, count: int = 200, context: bool = True) -> tuple[Split, Split]:
+    """Two tasks on the same coordinate 0 with opposite answers; coordinate 1 says which task it is, or nothing."""
+    splits = []
+    for task, sign in enumerate((1, -1)):
+        rng = np.random.default_rng([seed, task])
+        y = np.arange(count) % 2
+        x = np.stack([sign * (2 * y - 1) + 0.3 * rng.standard_normal(count), np.full(count, -sign * context)], axis=1)
+        splits.append(Split(torch.from_numpy(x.astype(np.float32)), torch.from_numpy(y), torch.zeros(count, dtype=torch.int64)))
+    return splits[0], splits[1]
+
+
+def directions(seed: int, classes: tuple[int, ...], inputs: int = 8, spread: float = 0.5) -> Split:
+    """50 samples of each class around 2 e_y, class after class."""
+    rng = np.random.default_rng([seed, *classes])
+    y = np.repeat(classes, 50)
+    x = 2 * np.eye(inputs)[y] + spread * rng.standard_normal((len(y), inputs))
+    return Split(torch.from_numpy(x.astype(np.float32)), torch.from_numpy(y), torch.zeros(len(y), dtype=torch.int64))
 
 
 class Perceptron(nn.Module):

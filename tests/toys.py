@@ -219,7 +219,8 @@ class Grouped(Toy):
     def loss(self, batch: Batch) -> Tensor:
         """Weighted cross-entropy."""
         losses = F.cross_entropy(self.logits(batch), batch.y, reduction="none")
-        return (self.weight[batch.index] * losses).sum() / self.weight[batch.index].sum()
+        weight: Tensor = self.weight[batch.index]
+        return (weight * losses).sum() / weight.sum()
 
 
 class Scribbler(Plain):

@@ -11,7 +11,7 @@ from annotated_types import Ge, Gt
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from shiftproof.benchmark import Batch, GroupedExperience, RunContext, StrategySpec, hookimpl
+from shiftproof.benchmark import Batch, DataExperience, GroupedExperience, RunContext, StrategySpec, hookimpl
 from shiftproof.strategies import GroupBalancedBuffer, GroupWeights, TrainingStrategy, joined
 from shiftproof.strategies.baselines.rehearsal import ReplayConfig
 
@@ -69,7 +69,7 @@ class GroupBalancedReplay(TrainingStrategy[GroupBalancedReplayConfig]):
         memory = self.buffer.contents()
         batch = self.replayed(memory, "retrain")
         with torch.no_grad():
-            features = model.features(batch.x)
+            features = torch.cat([model.features(x) for x in batch.x.split(self.recipe.batch_size * 8)])
         optimizer = torch.optim.SGD(model.heads.parameters(), self.config.retrain_lr, momentum=0.9)
         for epoch in range(self.config.retrain_epochs):
             generator = self.context.generator("retrain", self.experience.index, epoch)
@@ -90,6 +90,7 @@ class GroupDroConfig:
     step: Annotated[float, Gt(0)] = 0.01  # of the group weights
     adjustment: Annotated[float, Ge(0)] = 0.0  # C, added as C / sqrt(n_g); 0 = off
     adjust_loss: bool = False  # the adjustment enters the loss as well; released: True
+    uniform: bool = False  # draw groups with the same probability, as Algorithm 1 of the paper has it
 
 
 class GroupDro(TrainingStrategy[GroupDroConfig]):
@@ -104,6 +105,14 @@ class GroupDro(TrainingStrategy[GroupDroConfig]):
         """Uniform weights over the groups that have samples."""
         self.groups = experience.groups.to(self.device)
         self.weights.start(self.groups.bincount())
+
+    def order(self, experience: DataExperience, generator: torch.Generator) -> Tensor:
+        """Every sample once, or as many draws, each group as likely as any other."""
+        if not self.config.uniform:
+            return super().order(experience, generator)
+        groups = self.groups.cpu()
+        likelihood = 1 / groups.bincount().float()[groups]
+        return torch.multinomial(likelihood, len(groups), replacement=True, generator=generator)
 
     def loss(self, batch: Batch) -> Tensor:
         """Sum over groups of q_g times the group's mean loss."""

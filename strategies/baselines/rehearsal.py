@@ -18,7 +18,7 @@ from shiftproof.strategies import ReservoirBuffer, TrainingStrategy, joined
 class ReplayConfig:
     """Knobs of every reservoir."""
 
-    buffer_size: Annotated[int, Ge(1)] = 512  # samples; thesis Table 5.1: 1024 of 35,840
+    buffer_size: Annotated[int, Ge(1)] = 1024  # samples; thesis Table 5.1
     replay_size: Annotated[int, Ge(0)] = 0  # samples a step; 0 = the recipe's batch size
 
 

@@ -140,9 +140,7 @@ def test_a_broken_plugin_is_tried_again_when_packages_were_installed(
     assert read_catalogue().broken == {}
 
 
-def test_an_import_that_takes_the_process_down_costs_only_its_own_row(
-    warm_site: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_import_that_takes_the_process_down_costs_only_its_own_row(warm_site: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     warm_site.install("crash", "import os\nos._exit(7)\n")
     warm_site.install("one", SUITE.format(name="first", summary="a suite"))
     limited(monkeypatch, "crash", "one")

@@ -139,7 +139,9 @@ def test_a_broken_plugin_is_a_row_and_only_strict_makes_it_fatal(warm_site: Any,
     monkeypatch.setenv("SHIFTPROOF_PLUGINS", "bad")
     result = call("plugins")
     assert result.exit_code == 0
-    assert "bad        shiftproof-bad  1.0      broken  ZeroDivisionError: division by zero (toy_bad.py, line 2)" in result.stdout
+    assert (
+        "bad        shiftproof-bad  1.0      broken  ZeroDivisionError: division by zero (toy_bad.py, line 2)" in result.stdout
+    )
     assert call("plugins", "--strict").exit_code == 2
     assert call("list", "metrics").exit_code == 0
     assert "broken: bad; `shiftproof plugins` says why" in call("list", "metrics").stderr
@@ -202,7 +204,14 @@ def test_columns_are_whole_where_there_is_no_terminal() -> None:
 
 
 HEAVY = ("torch", "avalanche", "sklearn", "scipy", "numpy", "torchvision", "matplotlib", "rich.table")
-FAST = (["--help"], ["list", "strategies"], ["list", "metrics", "--json"], ["show", "toy"], ["plugins"], ["data", "status", "filed"])
+FAST = (
+    ["--help"],
+    ["list", "strategies"],
+    ["list", "metrics", "--json"],
+    ["show", "toy"],
+    ["plugins"],
+    ["data", "status", "filed"],
+)
 
 PROBE = f"""
 import sys

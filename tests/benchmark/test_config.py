@@ -7,8 +7,7 @@ from typing import Annotated, Any, Literal
 
 import pytest
 from annotated_types import Ge, Gt, Lt
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from pydantic import Field as PydanticField
 
 from shiftproof.benchmark.config import describe, resolve, show_value, split_overrides, type_text

@@ -269,9 +269,7 @@ OBSERVER = """
 """
 
 
-def test_an_observer_that_raises_is_reported_once_and_the_others_are_told(
-    site: Any, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_an_observer_that_raises_is_reported_once_and_the_others_are_told(site: Any, caplog: pytest.LogCaptureFixture) -> None:
     site.install("a-bad", OBSERVER.format(act="raise RuntimeError('no disk')"))
     site.install("b-good", OBSERVER.format(act="pass"))
     registry = load_registry(["a-bad", "b-good"])

@@ -77,7 +77,9 @@ def test_a_spec_of_another_kind_is_refused(kind: str) -> None:
         check_spec(kind, other)
 
 
-@pytest.mark.parametrize("name", ["", "My-Method", "my_method", "my method", "a@b", "a.b", "a=b", "a,b", "-a", "a-", "1a", None])
+@pytest.mark.parametrize(
+    "name", ["", "My-Method", "my_method", "my method", "a@b", "a.b", "a=b", "a,b", "-a", "a-", "1a", None]
+)
 @pytest.mark.parametrize("kind", SOUND)
 def test_names_are_lower_case_words_joined_by_hyphens(kind: str, name: str | None) -> None:
     with pytest.raises(InputError, match="lower-case words joined by '-'"):

@@ -1,0 +1,278 @@
+"""How fast our training loop is beside a bare PyTorch loop and beside Avalanche's, and whether replay slows down with tasks.
+
+    python tests/benchmarks/bench_training_loop.py
+
+Data, backbone and recipe are those of `b-digits`; one torch thread. Each figure is the median of five alternating pairs (A B
+A B ...), by the clock and by processor time; on a busy machine only the second means anything. Both sides of a pair take the
+same number of steps with the same batch sizes. The bare loop also takes the same batches, and ends at the same weights, which
+is checked. For Avalanche the inputs are converted to float32 beforehand, and the learning rate stays constant: that is less work
+than ours.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from shiftproof.benchmark import ArrayData, DataExperience, Model, Recipe, RunContext, Stream
+from shiftproof.benchmark.backbones import SmallConvNet
+from shiftproof.benchmark.cache import Cache
+from shiftproof.benchmark.experiences import StateDict
+from shiftproof.datasets.digits import BiasedDigitsConfig, biased_digits
+from shiftproof.strategies.avalanche import to_avalanche
+from shiftproof.strategies.baselines.fine_tuning import FineTuning, FineTuningConfig
+from shiftproof.strategies.baselines.rehearsal import ExperienceReplay, ReplayConfig
+from shiftproof.strategies.training import learning_rate, make_optimizer
+
+PAIRS = 5
+Prepare = Callable[[], Callable[[], Any]]
+"""Sets up one side of a pair; what it returns is timed."""
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Seconds of both sides of every pair, by the clock and by processor time."""
+
+    wall: Sequence[tuple[float, float]]
+    cpu: Sequence[tuple[float, float]]
+
+    @property
+    def by_clock(self) -> float:
+        """Median of first / second."""
+        return median(first / second for first, second in self.wall)
+
+    @property
+    def by_processor(self) -> float:
+        """Median of first / second."""
+        return median(first / second for first, second in self.cpu)
+
+
+def alternate(first: Prepare, second: Prepare, pairs: int = PAIRS) -> Pairs:
+    """Time both sides in turn; a round that is not counted comes first."""
+    wall, cpu = [], []
+    for _ in range(pairs + 1):
+        timed = [measure(first()), measure(second())]
+        wall.append((timed[0][0], timed[1][0]))
+        cpu.append((timed[0][1], timed[1][1]))
+    return Pairs(wall[1:], cpu[1:])
+
+
+def measure(work: Callable[[], Any]) -> tuple[float, float]:
+    """Seconds by the clock and of the processor."""
+    wall, cpu = time.perf_counter(), time.process_time()
+    work()
+    return time.perf_counter() - wall, time.process_time() - cpu
+
+
+def report(what: str, pairs: Pairs, target: str, steps: int) -> None:
+    """One line."""
+    milliseconds = [1000 * median(side) / steps for side in zip(*pairs.cpu, strict=True)]
+    print(
+        f"{what:58s} {pairs.by_clock:6.2f}x by the clock {pairs.by_processor:6.2f}x by processor   target {target:10s}"
+        f" ({milliseconds[0]:.2f} and {milliseconds[1]:.2f} ms of processor a step)",
+        flush=True,
+    )
+
+
+def make_context(stream: Stream, folder: Path) -> RunContext:
+    """Random weights do as well as pre-trained ones: no pass costs more or less."""
+
+    def base() -> tuple[Model, StateDict]:
+        model = Model(SmallConvNet(stream.input_shape), stream.heads)
+        return model, {name: tensor.clone() for name, tensor in model.backbone.state_dict().items()}
+
+    return RunContext(0, stream.recipe, base, "", Cache(folder), folder)
+
+
+def experiences(stream: Stream) -> list[DataExperience]:
+    """Without group labels."""
+    return [one.without_groups() for one in stream.folds[0].train]  # type: ignore[union-attr]
+
+
+def steps_of(experience: DataExperience, recipe: Recipe) -> int:
+    """Optimizer steps of an experience."""
+    return recipe.epochs * -(-len(experience.train) // recipe.batch_size)
+
+
+def bare_loop(net: Model, experience: DataExperience, context: RunContext) -> None:
+    """What anybody would write for this recipe: no hooks, no memory, no checkpoints, no check of the loss."""
+    recipe, data, task = context.recipe, experience.train, experience.task
+    optimizer = make_optimizer(recipe, list(net.parameters()))
+    total, done = steps_of(experience, recipe), 0
+    net.train()
+    for epoch in range(recipe.epochs):
+        order = torch.randperm(len(data), generator=context.generator("order", experience.index, epoch))
+        for index in order.split(recipe.batch_size):
+            x, y = data.x[index].float().div_(255), data.y[index]
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(recipe, done, total)
+            loss = F.cross_entropy(net(x, task), y)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+            done += 1
+
+
+def as_float32(stream: Stream) -> Stream:
+    """Inputs as float32, so that Avalanche need not convert every sample."""
+    train = tuple(
+        DataExperience(one.index, one.name, one.task, ArrayData(one.train.inputs(slice(None)), one.train.y))
+        for one in experiences(stream)
+    )
+    return replace(stream, folds=(replace(stream.folds[0], train=train),))
+
+
+def plain(net: Model, task: int) -> nn.Module:
+    """One task's network without heads to choose from: the least that Avalanche can call."""
+    return nn.Sequential(net.backbone, net.head(task))
+
+
+def multi_head(net: Model) -> nn.Module:
+    """Avalanche's multi-task module with one pass through the backbone, as in its multi-head models."""
+    from avalanche.models import MultiTaskModule
+
+    class MultiHead(MultiTaskModule):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = net
+
+        def forward(self, x: Tensor, task_labels: Tensor) -> Tensor:
+            return self.net(x, task_labels)  # type: ignore[no-any-return]
+
+    return MultiHead()
+
+
+def avalanche_naive(model: nn.Module, recipe: Recipe, *plugins: Any) -> Any:
+    """Avalanche's loop with nothing switched on that it does not need."""
+    from avalanche.training.plugins import EvaluationPlugin
+    from avalanche.training.supervised import Naive
+
+    return Naive(
+        model=model,
+        optimizer=make_optimizer(recipe, list(model.parameters())),
+        train_mb_size=recipe.batch_size,
+        train_epochs=recipe.epochs,
+        evaluator=EvaluationPlugin(),
+        plugins=list(plugins),
+    )
+
+
+def against_bare_loop(stream: Stream, folder: Path) -> None:
+    """Our step over a bare PyTorch step."""
+    first = experiences(stream)[0]
+    ended: list[StateDict] = []
+
+    def ours() -> Callable[[], Any]:
+        strategy = FineTuning(FineTuningConfig(), make_context(stream, folder))
+        ended.append(strategy.net.state_dict())
+        return lambda: strategy.learn(first)
+
+    def bare() -> Callable[[], Any]:
+        context = make_context(stream, folder)
+        net = context.new_model()
+        ended.append(net.state_dict())
+        return lambda: bare_loop(net, first, context)
+
+    pairs = alternate(ours, bare)
+    if not all(torch.equal(ended[0][name], ended[1][name]) for name in ended[0]):
+        raise SystemExit("expected both loops to end at the same weights, got others: they do not do the same work")
+    report("our step / a bare PyTorch step", pairs, "<= 1.10x", steps_of(first, stream.recipe))
+
+
+def against_avalanche_naive(stream: Stream, folder: Path) -> None:
+    """Avalanche's Naive over our fine-tuning, on the first task."""
+    first = experiences(stream)[0]
+    theirs = to_avalanche(as_float32(stream)).train_stream[0]
+
+    def naive() -> Callable[[], Any]:
+        strategy = avalanche_naive(plain(make_context(stream, folder).new_model(), first.task), stream.recipe)
+        return lambda: strategy.train(theirs)
+
+    def ours() -> Callable[[], Any]:
+        strategy = FineTuning(FineTuningConfig(), make_context(stream, folder))
+        return lambda: strategy.learn(first)
+
+    report("Avalanche's Naive / our fine-tuning", alternate(naive, ours), ">= 1.20x", steps_of(first, stream.recipe))
+
+
+def against_avalanche_replay(stream: Stream, folder: Path) -> None:
+    """Avalanche's Replay over `er`, on the second task: on the first one Avalanche's memory is still empty."""
+    from avalanche.training.plugins import ReplayPlugin
+
+    first, second = experiences(stream)[:2]
+    benchmark = to_avalanche(as_float32(stream))
+    size = ReplayConfig().buffer_size
+
+    def replay() -> Callable[[], Any]:
+        model = multi_head(make_context(stream, folder).new_model())
+        strategy = avalanche_naive(model, stream.recipe, ReplayPlugin(size, batch_size_mem=stream.recipe.batch_size))
+        strategy.train_epochs = 1
+        strategy.train(benchmark.train_stream[0])
+        strategy.train_epochs = stream.recipe.epochs
+        return lambda: strategy.train(benchmark.train_stream[1])
+
+    def ours() -> Callable[[], Any]:
+        strategy = replay_after(stream, [first], folder)
+        return lambda: strategy.learn(second)
+
+    report("Avalanche's Replay / our er", alternate(replay, ours), ">= 1.70x", steps_of(second, stream.recipe))
+
+
+def last_task_against_first(stream: Stream, folder: Path) -> None:
+    """Steps a second of `er` in the first task over those in the last one."""
+    *earlier, last = experiences(stream)
+    saved = replay_after(stream, earlier, folder).state()
+    first = earlier[0]
+    same_length = min(len(first.train), len(last.train))
+    first, last = (replace(one, train=ArrayData(one.train.x[:same_length], one.train.y[:same_length])) for one in (first, last))
+
+    def late() -> Callable[[], Any]:
+        strategy = ExperienceReplay(ReplayConfig(), make_context(stream, folder))
+        strategy.load(saved)
+        return lambda: strategy.learn(last)
+
+    def early() -> Callable[[], Any]:
+        strategy = ExperienceReplay(ReplayConfig(), make_context(stream, folder))
+        return lambda: strategy.learn(first)
+
+    report("er in task 8 / er in task 1", alternate(late, early), "<= 1.05x", steps_of(first, stream.recipe))
+
+
+def replay_after(stream: Stream, earlier: Sequence[DataExperience], folder: Path) -> ExperienceReplay:
+    """`er` with what one epoch of each earlier task leaves in the buffer; the full recipe from here on."""
+    short = ExperienceReplay(ReplayConfig(), make_context(replace(stream, recipe=replace(stream.recipe, epochs=1)), folder))
+    for one in earlier:
+        short.learn(one)
+    strategy = ExperienceReplay(ReplayConfig(), make_context(stream, folder))
+    strategy.load(short.state())
+    return strategy
+
+
+def main() -> None:
+    """Print every figure."""
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")  # Avalanche's, about itself
+    stream = biased_digits(BiasedDigitsConfig())
+    recipe, load = stream.recipe, os.getloadavg()[0]
+    print(
+        f"b-digits, batch {recipe.batch_size}, {recipe.epochs} epochs, median of {PAIRS} pairs, one thread, load average {load:.2f}"
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        for figure in (against_bare_loop, against_avalanche_naive, against_avalanche_replay, last_task_against_first):
+            figure(stream, Path(folder))
+    print(f"load average at the end {os.getloadavg()[0]:.2f}, on {os.cpu_count()} processors")
+
+
+if __name__ == "__main__":
+    main()
