@@ -43,7 +43,7 @@ TASKS: dict[str, tuple[int, ...]] = {
     "prime": (2, 3, 5, 7),
     "three-to-seven": (3, 4, 5, 6, 7),
     "fibonacci": (0, 1, 2, 3, 5, 8),
-    "triangular": (0, 1, 3, 6),
+    "square": (0, 1, 4, 9),
     "power-of-two": (1, 2, 4, 8),
 }
 NAMES = tuple(TASKS)

@@ -79,7 +79,7 @@ class Bpa(TrainingStrategy[Any]):
 
 
 class BpaReplay(Bpa):
-    """The memory is not re-weighted: its clusters are not kept."""
+    """BPA with a reservoir, which is replayed without weights."""
 
     def __init__(self, config: BpaReplayConfig, context: RunContext) -> None:
         super().__init__(config, context)

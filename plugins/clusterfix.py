@@ -76,7 +76,7 @@ class ClusterFix(TrainingStrategy[Any]):
 
 
 class ClusterFixReplay(ClusterFix):
-    """The memory is replayed with its target labels, without weights."""
+    """ClusterFix with a reservoir, which is replayed with its target labels and without weights."""
 
     def __init__(self, config: ClusterFixReplayConfig, context: RunContext) -> None:
         super().__init__(config, context)

@@ -53,7 +53,7 @@ RELEASED = LwsConfig(mode="running", augmented_pass=True, freeze_norm=True)
 
 
 class Lws(TrainingStrategy[LwsConfig]):
-    """L = L_stream + L_buf + KD_buf, Eq. 5.7."""
+    """Cluster weights on the stream, a loss-binned buffer with labels and cluster logits: L_stream + L_buf + KD, Eq. 5.7."""
 
     def __init__(self, config: LwsConfig, context: RunContext) -> None:
         super().__init__(config, context)

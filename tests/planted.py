@@ -16,11 +16,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from shiftproof.benchmark import ArrayData, DataExperience, GroupedExperience, Model, Recipe, RunContext, evaluating
+from shiftproof.benchmark import ArrayData, DataExperience, EvalSet, GroupedExperience, Model, Recipe, RunContext, evaluating
 from shiftproof.benchmark.cache import Cache
 from shiftproof.benchmark.context import Checkpointer
 from shiftproof.benchmark.contracts import State
-
 
 SEEDS = (0, 1)
 QUICK = Recipe(name="quick", epochs=10, batch_size=20, lr=0.1, momentum=0.9, schedule="constant")
@@ -43,6 +42,10 @@ class Split:
     def experience(self, index: int = 0, task: int = 0) -> GroupedExperience:
         """A training set with groups 2 y + z."""
         return GroupedExperience(index, f"step-{index}", task, ArrayData(self.x, self.y), 2 * self.y + self.z)
+
+    def evaluation(self, name: str = "held-out", task: int = 0) -> EvalSet:
+        """An eval set with groups 2 y + z."""
+        return EvalSet(name, ((task, ArrayData(self.x, self.y)),), 2 * self.y + self.z, ("y0-z0", "y0-z1", "y1-z0", "y1-z1"))
 
 
 def biased(

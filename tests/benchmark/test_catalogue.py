@@ -171,7 +171,7 @@ def test_an_unknown_name_is_looked_for_among_all_plugins_and_the_broken_ones_are
     warm_site.install("one", SUITE.format(name="first", summary="a suite"))
     warm_site.install("bad", "1 / 0")
     limited(monkeypatch, "one", "bad")
-    with pytest.raises(InputError, match="suite, got 'frist'; did you mean 'first'.*plugin 'bad' did not load"):
+    with pytest.raises(InputError, match=r"suite, got 'frist'; did you mean 'first'.*plugin 'bad' did not load"):
         read_catalogue().item("suite", "frist")
 
 
@@ -200,5 +200,5 @@ def test_the_catalogue_holds_no_absolute_path(warm_site: Any, monkeypatch: pytes
 def test_a_cache_folder_that_cannot_be_written_is_an_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("SHIFTPROOF_CACHE", str(tmp_path / "file"))
-    with pytest.raises(InputError, match="expected a cache folder that can be written.*SHIFTPROOF_CACHE"):
+    with pytest.raises(InputError, match=r"expected a cache folder that can be written.*SHIFTPROOF_CACHE"):
         read_catalogue()

@@ -120,13 +120,13 @@ def test_strict_makes_a_broken_plugin_fatal(site: Any) -> None:
 
 def test_a_name_that_may_be_in_a_broken_plugin_is_reported_with_its_reason(site: Any) -> None:
     site.install("broken", "1 / 0")
-    with pytest.raises(InputError, match="got 'mine'.*plugin 'broken' did not load: ZeroDivisionError"):
+    with pytest.raises(InputError, match=r"got 'mine'.*plugin 'broken' did not load: ZeroDivisionError"):
         load_registry(["broken"]).strategy("mine")
 
 
 def test_a_misspelt_hook_is_named_with_its_plugin_and_the_nearest_spelling(site: Any) -> None:
     site.install("typo", "@hookimpl\ndef shiftproof_stratgies():\n    return []\n")
-    with pytest.raises(InputError, match="plugin 'typo'.*got 'shiftproof_stratgies'; did you mean 'shiftproof_strategies'"):
+    with pytest.raises(InputError, match=r"plugin 'typo'.*got 'shiftproof_stratgies'; did you mean 'shiftproof_strategies'"):
         load_registry(["typo"], strict=True)
 
 
@@ -144,7 +144,7 @@ def test_a_hook_that_lacks_its_mark_is_refused_instead_of_passed_over(site: Any)
 
 def test_a_hook_with_an_argument_that_does_not_exist_is_refused(site: Any) -> None:
     site.install("odd", "@hookimpl\ndef shiftproof_run_started(requests):\n    pass\n")
-    with pytest.raises(InputError, match="plugin 'odd'.*requests"):
+    with pytest.raises(InputError, match=r"plugin 'odd'.*requests"):
         load_registry(["odd"], strict=True)
 
 
@@ -169,7 +169,7 @@ def test_an_object_can_carry_the_hooks(site: Any) -> None:
 @pytest.mark.parametrize("answer", ["None", "'names'", "[1]", "[MetricSpec('m', len, True, 'd')]"])
 def test_a_hook_must_return_specs_of_its_kind(site: Any, answer: str) -> None:
     site.install("odd", f"@hookimpl\ndef shiftproof_suites():\n    return {answer}\n")
-    with pytest.raises(InputError, match="plugin 'odd'.*expected"):
+    with pytest.raises(InputError, match=r"plugin 'odd'.*expected"):
         load_registry(["odd"], strict=True)
 
 

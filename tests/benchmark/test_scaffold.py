@@ -57,7 +57,7 @@ def test_what_is_written_passes_the_linter(tmp_path: Path) -> None:
 def test_an_existing_folder_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "shiftproof-mine").mkdir()
     (tmp_path / "shiftproof-mine/notes").write_text("mine")
-    with pytest.raises(InputError, match="expected a new folder, got .*shiftproof-mine, which exists"):
+    with pytest.raises(InputError, match=r"expected a new folder, got .*shiftproof-mine, which exists"):
         write_package("mine", tmp_path)
     assert [path.name for path in (tmp_path / "shiftproof-mine").iterdir()] == ["notes"]
 

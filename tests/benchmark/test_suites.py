@@ -78,5 +78,5 @@ def test_a_suite_file_that_is_not_there_or_not_text_is_an_error(tmp_path: Path) 
 
 @pytest.mark.parametrize("seeds", [[], [-1], [0, 0], [True], ["0"], [0.5], "0,1", None])
 def test_seeds_are_whole_numbers_each_once(seeds: Any) -> None:
-    with pytest.raises(InputError, match="^here: expected seeds"):
+    with pytest.raises(InputError, match=r"^here: expected seeds"):
         check_seeds(seeds, "here")

@@ -17,7 +17,7 @@ from shiftproof.benchmark.config import check_type, resolve
 from shiftproof.datasets.digits import TASKS, BiasedDigitsConfig, DigitsConfig, shiftproof_streams
 
 # Any change of the pictures, of their order or of the groups shows here; boards made before are then void.
-B_DIGITS_SHA256 = "3e6561e1072bc85ed462cef083a178af29645d4fcff14fe32e942a1b2da64454"
+B_DIGITS_SHA256 = "666ad56888422ece12e06ebe32e8c4848cf367e62b4c8d116e4bc4bb1a4cb8b7"
 SPLIT_DIGITS_SHA256 = "0e0a1dd9555ec1b7995845027985eb37c23e84f3407a472d4fec99f52ab60276"
 
 SPECS = {spec.name: spec for spec in shiftproof_streams()}

@@ -271,6 +271,20 @@ def test_released_bpa_uses_sizes_until_everybody_was_seen() -> None:
     assert read(released, [0, 3], 1) == pytest.approx(blended([4 / 3 * 0.1, 4 * 0.9]))
 
 
+def test_seeing_a_sample_again_does_not_stand_for_seeing_another() -> None:
+    weights = made([0, 0, 0, 1], gamma=0, momentum=1, applied="current", sizes_until_seen=True)
+    for _ in range(4):
+        assert step(weights, [0, 3], [1.0, 9.0], None, epoch=0) == pytest.approx([0.5, 1.5])
+    step(weights, [1, 2], [1.0, 1.0], None, epoch=0)
+    assert read(weights, [0, 3], 0) == pytest.approx([2 / 28, 54 / 28])
+
+
+def test_sizes_count_from_the_first_step_under_momentum_of_clusters() -> None:
+    weights = made([0, 0, 0, 1], gamma=0, state="cluster", sizes_until_seen=True)
+    assert step(weights, [0, 3], [1.0, 9.0], None, epoch=0) == pytest.approx([0.5, 1.5])
+    assert read(weights, [0, 3], 0) == pytest.approx([0.5, 1.5])
+
+
 def test_released_bpa_refreshes_every_ten_steps_and_at_the_end_of_an_epoch() -> None:
     released = ClusterWeights.bpa_released()
     released.start(torch.tensor([0, 1]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 import faiss
 import numpy as np
@@ -14,6 +15,7 @@ from threadpoolctl import threadpool_info  # type: ignore[import-untyped]
 from torch import Tensor
 
 from shiftproof.benchmark.errors import InputError
+from shiftproof.strategies import clustering
 from shiftproof.strategies.clustering import (
     Backend,
     Clustering,
@@ -89,6 +91,14 @@ def test_every_row_is_with_its_nearest_centre_and_inertia_is_the_sum(backend: Ba
     assert (distance == "euclidean") or torch.allclose(found.centres.norm(dim=1), torch.ones(len(found.centres)))
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_faiss_under_cosine_ends_where_spherical_k_means_stands_still(seed: int) -> None:
+    rows = torch.randn(300, 3, generator=torch.Generator().manual_seed(seed)) + 0.7
+    found = kmeans(rows, 6, seed, restarts=1, iterations=300, backend="faiss")
+    sums = torch.zeros(6, 3).index_add_(0, found.assignment, unit(rows))
+    assert torch.allclose(unit(sums), found.centres, atol=1e-5)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("distance", DISTANCES)
 def test_order_of_rows_does_not_matter_where_clusters_are_apart(backend: Backend, distance: Distance) -> None:
@@ -151,14 +161,14 @@ def test_every_cluster_has_a_member(backend: Backend) -> None:
 @pytest.mark.parametrize("distance", DISTANCES)
 def test_the_seed_decides_and_global_generators_are_left_alone(backend: Backend, distance: Distance) -> None:
     rows = torch.randn(200, 8, generator=torch.Generator().manual_seed(0))
-    before = torch.get_rng_state(), np.random.get_state()[1].copy()  # type: ignore[index]
+    before = torch.get_rng_state(), str(np.random.get_state())
     runs = [kmeans(rows, 8, 3, distance=distance, restarts=1, backend=backend) for _ in range(2)]
     other = kmeans(rows, 8, 4, distance=distance, restarts=1, backend=backend)
     assert torch.equal(runs[0].assignment, runs[1].assignment)
     assert torch.equal(runs[0].centres, runs[1].centres)
     assert not torch.equal(runs[0].assignment, other.assignment)
     assert torch.equal(before[0], torch.get_rng_state())
-    assert np.array_equal(before[1], np.random.get_state()[1])  # type: ignore[index]
+    assert before[1] == str(np.random.get_state())
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -169,6 +179,22 @@ def test_thread_limits_of_before_are_restored(backend: Backend) -> None:
     after = [library["num_threads"] for library in threadpool_info()]
     assert faiss.omp_get_max_threads() == 2
     assert before == after
+    faiss.omp_set_num_threads(1)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_one_thread_does_the_work(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
+    faiss.omp_set_num_threads(2)
+    during: list[int] = []
+    seeds = clustering._plus_plus
+
+    def spy(rows: Any, k: int, rng: np.random.Generator) -> Any:
+        during.extend(library["num_threads"] for library in threadpool_info())
+        return seeds(rows, k, rng)
+
+    monkeypatch.setattr(clustering, "_plus_plus", spy)
+    kmeans(blobs(3, 10)[0], 3, 0, backend=backend)
+    assert set(during) == {1}
     faiss.omp_set_num_threads(1)
 
 

@@ -23,7 +23,7 @@ def test_fine_tuning_learns_the_last_task_and_forgets_the_one_it_contradicts(see
 @pytest.mark.parametrize("seed", SEEDS)
 def test_joint_training_learns_both_of_two_contradicting_tasks(seed: int, tmp_path: Path) -> None:
     first, second = contradiction(seed)
-    union = Fold("all", (first.experience(0), second.experience(1)), ()).joint()
+    union = Fold("all", (first.experience(0), second.experience(1)), (first.evaluation(),)).joint()
     context = surroundings(tmp_path, QUICK, hidden=32, seed=seed)
     strategy = trained(FineTuning, FineTuningConfig(), context, [union])
     assert min(accuracy(strategy.model(), first), accuracy(strategy.model(), second)) > 0.95
@@ -31,7 +31,7 @@ def test_joint_training_learns_both_of_two_contradicting_tasks(seed: int, tmp_pa
 
 def test_joint_training_answers_each_task_with_its_own_head(tmp_path: Path) -> None:
     first, second = contradiction(0, context=False)
-    union = Fold("all", (first.experience(0, task=4), second.experience(1, task=7)), ()).joint()
+    union = Fold("all", (first.experience(0, task=4), second.experience(1, task=7)), (first.evaluation(),)).joint()
     context = surroundings(tmp_path, QUICK, heads={4: 2, 7: 2})
     strategy = trained(FineTuning, FineTuningConfig(), context, [union])
     assert min(accuracy(strategy.model(), first, 4), accuracy(strategy.model(), second, 7)) > 0.95
