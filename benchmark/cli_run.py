@@ -66,8 +66,6 @@ def run(
     if seeds:
         spec = replace(spec, seeds=parse_seeds(seeds))
     folder = out or Path("runs", spec.name)
-    if not dry_run:
-        check_writable(folder)
     registry = registry_for(known, names_of(spec, executor), plugin)
 
     from shiftproof.benchmark import matrix, provenance  # torch, from here on
@@ -88,6 +86,7 @@ def run(
     if dry_run:
         print_plan(plan, matrix.states(plan, folder), rerun)
         return
+    check_writable(folder)
     with show_progress(quiet) as progress:
         outcome = matrix.run_plan(plan, registry, options, progress)
     report(plan, registry, options, outcome)

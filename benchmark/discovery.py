@@ -58,12 +58,10 @@ def installed_entries(only: Iterable[str] | None = None) -> list[Entry]:
         for e in entry_points(group=GROUP)
     ]
     found.sort(key=lambda entry: (not entry.is_essential, entry.name, entry.distribution))
-    limits = [None if only is None else set(only), _limit_of_environment()]
+    limits = [limit for limit in (None if only is None else set(only), _limit_of_environment()) if limit is not None]
     for limit in limits:
-        if limit is not None:
-            _refuse_unknown(limit, found)
-            found = [entry for entry in found if entry.is_essential or entry.name in limit]
-    return found
+        _refuse_unknown(limit, found)
+    return [entry for entry in found if entry.is_essential or all(entry.name in limit for limit in limits)]
 
 
 def _limit_of_environment() -> set[str] | None:

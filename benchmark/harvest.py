@@ -100,6 +100,7 @@ def _differences(default: Any, preset: Any) -> dict[str, str]:
 
 def _summary(build: object) -> str:
     """The first line of its own docstring; a parent's would describe something else."""
+    build = getattr(build, "func", build)  # of functools.partial
     text = getattr(build, "__dict__", {}).get("__doc__") if isinstance(build, type) else getattr(build, "__doc__", "")
     return (text or "").strip().split("\n")[0]
 

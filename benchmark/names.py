@@ -24,6 +24,8 @@ NAME = re.compile(r"[a-z][a-z0-9+]*(-[a-z0-9+]+)*")
 SCOPES = ("stream", "recipe", "base")
 """Scopes of overrides beside the strategies' own names; no strategy may be called so."""
 
+LISTED = 40  # names that an error lists at most
+
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """The nearest spelling as a question, or nothing where no known name is near.
@@ -40,12 +42,13 @@ def unknown(kind: str, name: str, known: Iterable[str], hint: str = "") -> Input
 
     Args:
         kind: What was looked for, in words.
-        known: Every name that would have been right; the error lists them.
+        known: Every name that would have been right; the error lists them unless they are too many for a line.
         hint: One more sentence for the end.
     """
     names = sorted(known)
-    listed = ", ".join(names) or "none"
-    return InputError(f"expected the name of a {kind}, got {name!r}{did_you_mean(name, names)} (known: {listed}){hint}")
+    listed = f"known: {', '.join(names) or 'none'}" if len(names) <= LISTED else "`shiftproof list` names all that are known"
+    article = "an" if kind[0] in "aeiou" else "a"
+    return InputError(f"expected the name of {article} {kind}, got {name!r}{did_you_mean(name, names)} ({listed}){hint}")
 
 
 def conflict(kind: str, name: str, first: str, second: str) -> InputError:

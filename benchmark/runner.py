@@ -193,6 +193,7 @@ def run_cell(
     provenance = Provenance(module, command)
     registry.observers.run_started(cell.request)
     results, error = None, None
+    threads = torch.get_num_threads()
     try:
         with run.context.global_rng("global"):
             results = run.results()
@@ -200,6 +201,9 @@ def run_cell(
         raise  # the disk is full or read-only: not the strategy's fault, and the user can mend it
     except (Exception, SystemExit) as failure:  # a stranger's code: whatever it raises becomes the record's reason
         error = describe_failure(failure, run.where, module)
+    finally:
+        if torch.get_num_threads() != threads:
+            torch.set_num_threads(threads)  # what a strategy has set is not there for those that come after it
     record = compose(run, provenance.block(attempts, run.progress.resumed_from), results, error)
     store.write(record)
     run.clean(store.path(cell.run_id))
@@ -210,7 +214,8 @@ def run_cell(
 def _checked(logs: Any) -> dict[str, float]:
     """What `learn` returned as plain numbers by name."""
     try:
-        numbers = {str(name): float(value) for name, value in dict(logs).items()}
+        detached = {name: value.detach() if isinstance(value, torch.Tensor) else value for name, value in dict(logs).items()}
+        numbers = {str(name): float(value) for name, value in detached.items()}
     except (TypeError, ValueError) as error:
         raise ContractError(f"expected learn() to return numbers by name, got {logs!r:.80}") from error
     for name, value in numbers.items():

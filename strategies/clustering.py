@@ -295,6 +295,6 @@ def _faiss(faiss: Any, rows: Array, seeds: Array, iterations: int, distance: Dis
 
 def _sklearn(cluster: Any, rows: Array, seeds: Array, iterations: int, distance: Distance) -> Array:
     # On unit rows Euclidean k-means differs from spherical only in the length of its centres, which the caller undoes.
-    # The random state is not drawn from, but without one scikit-learn would advance numpy's global one.
+    # With the seeds given nothing is drawn; the fixed state keeps numpy's global one out of it in other versions, too.
     solver = cluster.KMeans(len(seeds), init=seeds, n_init=1, max_iter=iterations, tol=0.0, random_state=0)
     return np.asarray(solver.fit(rows).cluster_centers_)

@@ -74,6 +74,12 @@ def biased(
     return Split(torch.from_numpy(x.astype(np.float32)), torch.from_numpy(y), torch.from_numpy(z))
 
 
+def two_biased(seed: int, count: int = 400, p_corr: float = 0.95) -> tuple[Split, Split]:
+    """Two tasks with one shortcut; what carries the label in the first one carries its opposite in the second."""
+    first, second = biased(seed, count, p_corr), biased(seed + 1000, count, p_corr)
+    return first, Split(second.x * torch.tensor([-1.0, 1.0]), second.y, second.z)
+
+
 def contradiction(seed: int, count: int = 200, context: bool = True) -> tuple[Split, Split]:
     """Two tasks on the same coordinate 0 with opposite answers; coordinate 1 says which task it is, or nothing."""
     splits = []
@@ -100,6 +106,19 @@ class Perceptron(nn.Module):
         super().__init__()
         self.layer = nn.Sequential(nn.Linear(inputs, hidden), nn.ReLU()) if hidden else nn.Identity()
         self.features = hidden or inputs
+
+    def forward(self, x: Tensor) -> Tensor:
+        features: Tensor = self.layer(x)
+        return features
+
+
+class NormalizedPerceptron(nn.Module):
+    """A backbone with running statistics."""
+
+    def __init__(self, inputs: int, hidden: int) -> None:
+        super().__init__()
+        self.layer = nn.Sequential(nn.Linear(inputs, hidden), nn.BatchNorm1d(hidden), nn.ReLU())
+        self.features = hidden
 
     def forward(self, x: Tensor) -> Tensor:
         features: Tensor = self.layer(x)
@@ -177,6 +196,7 @@ def resumed(kind: Any, config: Any, make: Callable[..., RunContext], experiences
             learned += 1
     except Killed:
         pass
+    assert count == after, f"expected at least {after} checkpoints, got {count}"
     saved.seek(0)
     checkpoint = torch.load(saved, weights_only=True)
     second = kind(config, make())

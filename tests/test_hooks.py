@@ -55,6 +55,13 @@ def test_every_signature_stands_word_for_word_in_the_readme_of_the_plugins() -> 
     assert [function.name for function in functions if signature(source, function) not in readme] == []
 
 
+def test_the_strategy_in_the_readme_registers_as_printed(tmp_path: Path) -> None:
+    readme = (ROOT / "plugins/README.md").read_text()
+    (tmp_path / "my_method.py").write_text(readme.split("```python\n")[1].split("```")[0])
+    spec, _, config = load_registry([], [tmp_path / "my_method.py"]).strategy("smooth")
+    assert (config.smoothing, spec.consumes.__name__) == (0.1, "DataExperience")
+
+
 def signature(source: str, function: ast.FunctionDef) -> str:
     """From `def` to the colon, without the comment behind it."""
     lines = source.splitlines()[function.lineno - 1 : function.body[0].lineno - 1]

@@ -128,7 +128,7 @@ class Plain:
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
-        return {"loss": float(loss)}
+        return {"loss": float(loss.detach())}
 
     def model(self) -> nn.Module:
         """The net."""
@@ -175,7 +175,7 @@ class TensorLogs(Plain):
 
     def learn(self, experience: DataExperience) -> Any:
         """Numbers of three kinds."""
-        return {"loss": torch.tensor(0.5), "norm": np.float32(2), "steps": 3}
+        return {"loss": torch.tensor(0.5, requires_grad=True), "norm": np.float32(2), "steps": 3}
 
 
 class NoLogs(Plain):
@@ -240,7 +240,7 @@ class Careless(Plain):
         logs = super().learn(experience)
         torch.manual_seed(1)
         np.random.seed(1)
-        torch.set_num_threads(2)
+        torch.set_num_threads(torch.get_num_threads() + 1)
         return logs
 
     def model(self) -> nn.Module:

@@ -79,7 +79,7 @@ def test_an_unknown_preset_is_an_error_that_lists_the_presets(site: Any) -> None
 
 @pytest.mark.parametrize("kind", ["strategy", "stream", "suite", "metric", "backbone", "executor"])
 def test_a_look_up_says_what_kind_of_thing_is_unknown(kind: str) -> None:
-    with pytest.raises(InputError, match=f"expected the name of a {kind}, got 'nowhere'"):
+    with pytest.raises(InputError, match=f"expected the name of an? {kind}, got 'nowhere'"):
         getattr(load_registry([]), kind)("nowhere")
 
 

@@ -157,6 +157,21 @@ def test_every_cluster_has_a_member(backend: Backend) -> None:
         assert (found.assignment.bincount(minlength=len(found.centres)) > 0).all()
 
 
+def test_a_centre_that_ends_up_with_nobody_is_dropped_and_the_rest_renumbered(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows, planted = blobs(3, 10)
+    solve = clustering._faiss
+
+    def with_a_far_centre(*arguments: Any) -> Any:
+        return np.concatenate((np.full((1, 16), -1e3, np.float32), solve(*arguments)))
+
+    monkeypatch.setattr(clustering, "_faiss", with_a_far_centre)
+    found = kmeans(rows, 3, 0, distance="euclidean", backend="faiss")
+    assert found.assignment.bincount().tolist() == [10, 10, 10]
+    assert found.centres.shape == (3, 16)
+    assert agreement(found.assignment, planted) == 1.0
+    assert torch.allclose(found.centres[found.assignment], rows, atol=2.0)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("distance", DISTANCES)
 def test_the_seed_decides_and_global_generators_are_left_alone(backend: Backend, distance: Distance) -> None:

@@ -156,7 +156,7 @@ def test_without_its_terms_der_is_fine_tuning(tmp_path: Path) -> None:
 
 
 def test_heads_of_different_widths_share_the_buffer(tmp_path: Path) -> None:
-    """The narrower head's logits are stored with a zero behind them; the class it does not have adds nothing to the distance."""
+    """The narrower head's logits are stored with a zero behind them; the class it lacks adds nothing to the distance."""
     narrow, wide = directions(0, (0, 1), inputs=4), directions(1, (0, 1, 2), inputs=4)
     context = surroundings(tmp_path, STILL, inputs=4, heads={0: 2, 1: 3})
     strategy = trained(DarkReplay, DarkReplayConfig(beta=0.0), context, [narrow.experience(0, 0), wide.experience(1, 1)])
