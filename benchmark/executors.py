@@ -82,6 +82,9 @@ class ProcessExecutor:
     def _pool(self, jobs: Sequence[Job], workers: int) -> Iterator[JobResult]:
         from shiftproof.benchmark.jobs import execute, start_worker
 
+        if not jobs:
+            return
+        workers = min(workers, len(jobs))  # every worker is spawned at once, wanted or not
         spawn = multiprocessing.get_context("spawn")
         ranks = spawn.Value("i", 0)
         with _one_thread(), ProcessPoolExecutor(workers, spawn, start_worker, (ranks,)) as pool:

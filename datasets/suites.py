@@ -37,7 +37,7 @@ def shiftproof_suites() -> list[SuiteSpec]:
             ("b-digits",),
             QUICK,
             seeds=(0, 1),
-            overrides=("recipe.epochs=6",),
+            overrides=("recipe.epochs=10",),
             recipe="quick",
         ),
         SuiteSpec("digits", "every strategy on the biased digits, three seeds", ("b-digits",), DIGITS),

@@ -70,6 +70,15 @@ def test_mean_std_and_interval_are_those_of_numpy_and_scipy(make_record: MakeRec
     assert worst["interval"]["method"] == "Student t, 95%, 3 degrees of freedom"
 
 
+def test_the_last_bit_of_somebodys_arithmetic_is_not_in_a_board(make_record: MakeRecord) -> None:
+    def board(noise: float) -> Board:
+        metric = MetricSpec("noisy", lambda scores: 1 / 3 + noise, True, "A third.", primary=True)
+        return build_board("b", [make_record("er", seed) for seed in range(3)], [metric])
+
+    assert board(0.0) == board(1e-15)
+    assert rows(board(0.0))["er"]["metrics"]["noisy"]["mean"] == 0.333333333
+
+
 def test_one_seed_has_neither_std_nor_intervals_nor_rank_ranges(make_record: MakeRecord) -> None:
     board = build_board("b", [make_record("er", 0, one_task(80)), make_record("sgd", 0, one_task(70))])
     summary = rows(board)["er"]["metrics"]["worst"]
@@ -173,9 +182,9 @@ def test_a_failed_cell_is_listed_with_its_reason_and_its_row_is_not_ranked(make_
     assert rows(board)["er"]["metrics"]["worst"]["rank"] is None
 
 
-def test_a_strategy_that_only_failed_has_a_row_without_numbers(make_record: MakeRecord) -> None:
-    board = build_board("b", [make_record("er", 0), make_record("nan", 0, failed=True)])
-    assert list(rows(board)) == ["er", "nan"]
+def test_a_strategy_that_only_failed_has_a_row_without_numbers_at_the_end(make_record: MakeRecord) -> None:
+    board = build_board("b", [make_record("zero", 0, one_task(50, 0)), make_record("nan", 0, failed=True)])
+    assert list(rows(board)) == ["zero", "nan"]
     assert rows(board)["nan"]["metrics"]["average"]["mean"] is None
 
 
@@ -215,6 +224,12 @@ def test_a_mixture_within_a_row_is_flagged_but_ranked(make_record: MakeRecord, c
     assert rows(board)["sgd"]["flags"] == []
     assert rows(board)["er"]["metrics"]["worst"]["rank"] is not None
     assert board["sections"][0]["flags"] == [flag]
+
+
+def test_what_a_failed_cell_ran_on_is_no_mixture(make_record: MakeRecord) -> None:
+    board = build_board("b", [make_record("er", 0), make_record("er", 1, failed=True, threads=4)])
+    assert rows(board)["er"]["flags"] == ["incomplete", "failed cells"]
+    assert board["sections"][0]["flags"] == []
 
 
 def test_a_mixture_between_rows_is_flagged_at_the_section(make_record: MakeRecord) -> None:
@@ -555,6 +570,12 @@ def test_a_violation_is_named_by_its_json_path(make_record: MakeRecord) -> None:
     content["cost"]["wall_seconds"] = "long"
     with pytest.raises(InputError, match=r"document: .* got at \$\.cost\.wall_seconds: 'long' is not of type"):
         validate(content)
+
+
+@pytest.mark.parametrize("version", ["2.0.0", "1.9.0"])
+def test_documents_of_a_newer_schema_are_refused(make_record: MakeRecord, version: str) -> None:
+    with pytest.raises(InputError, match=f"expected schema 1.0.0, got {version}; update shiftproof"):
+        validate(vars(replace(make_record("er"), schema_version=version)))
 
 
 @pytest.mark.parametrize(
