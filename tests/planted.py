@@ -81,12 +81,15 @@ def two_biased(seed: int, count: int = 400, p_corr: float = 0.95) -> tuple[Split
 
 
 def contradiction(seed: int, count: int = 200, context: bool = True) -> tuple[Split, Split]:
-    """Two tasks on the same coordinate 0 with opposite answers; coordinate 1 says which task it is, or nothing."""
+    """Two tasks on the same coordinate 0 with opposite answers; coordinate 1 says which task it is, or nothing.
+
+    The hint is weak, so that whoever sees the second task alone answers the first one in reverse.
+    """
     splits = []
     for task, sign in enumerate((1, -1)):
         rng = np.random.default_rng([seed, task])
         y = np.arange(count) % 2
-        x = np.stack([sign * (2 * y - 1) + 0.3 * rng.standard_normal(count), np.full(count, -sign * context)], axis=1)
+        x = np.stack([sign * (2 * y - 1) + 0.3 * rng.standard_normal(count), np.full(count, -sign * context / 2)], axis=1)
         splits.append(Split(torch.from_numpy(x.astype(np.float32)), torch.from_numpy(y), torch.zeros(count, dtype=torch.int64)))
     return splits[0], splits[1]
 

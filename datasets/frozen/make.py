@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ def freeze(folder: Path) -> None:
     split = draw(0)
     # Not compressed: what zlib makes of the same bytes differs between its versions, and nearly all of it is noise.
     arrays: dict[str, Any] = {name: array.astype(array.dtype.newbyteorder("<")) for name, array in split.arrays().items()}
-    np.savez(folder / FILE, allow_pickle=False, **arrays)
+    np.savez(folder / FILE, **arrays)
     content = (folder / FILE).read_bytes()
     manifest = {
         "file": FILE,
@@ -32,4 +33,4 @@ def freeze(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    freeze(Path(__file__).parent)
+    freeze(Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parent)

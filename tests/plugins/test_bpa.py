@@ -126,7 +126,7 @@ def test_only_with_replay_a_contradicted_task_is_remembered(seed: int, tmp_path:
     context = surroundings(tmp_path, QUICK, hidden=32, seed=seed)
     tasks = [first.experience(0).without_groups(), second.experience(1).without_groups()]
     assert accuracy(trained(BpaReplay, BpaReplayConfig(buffer_size=40), context, tasks).model(), first) > 0.9
-    assert accuracy(trained(Bpa, BpaConfig(), context, tasks).model(), first) < 0.8
+    assert accuracy(trained(Bpa, BpaConfig(), context, tasks).model(), first) < 0.2
 
 
 def test_replayed_samples_are_not_weighted(tmp_path: Path) -> None:

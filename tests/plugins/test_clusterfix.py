@@ -94,7 +94,7 @@ def test_gamma_teaches_the_pseudo_labels_and_without_it_their_heads_stay_as_they
     split = biased(seed)
     losses, changed = {}, {}
     for gamma in (0.5, 0.0):
-        strategy = ClusterFix(ClusterFixConfig(clusters=2, gamma=gamma), surroundings(tmp_path, SHORT, hidden=16, seed=seed))
+        strategy = ClusterFix(ClusterFixConfig(clusters=2, gamma=gamma), surroundings(tmp_path, SHORT, seed=seed))
         strategy.learn(split.experience().without_groups())
         with torch.no_grad():
             logits, _ = strategy.heads.own(strategy.features(split.x), strategy.address, 2)
@@ -106,7 +106,7 @@ def test_gamma_teaches_the_pseudo_labels_and_without_it_their_heads_stay_as_they
         changed[gamma] = not torch.equal(initial, final)
     assert changed == {0.5: True, 0.0: False}
     assert losses[0.5] < 0.2
-    assert losses[0.0] > 0.4
+    assert losses[0.5] < 0.5 * losses[0.0]
 
 
 def test_a_cluster_that_is_hard_to_tell_weighs_more_the_larger_gamma_is(tmp_path: Path) -> None:
@@ -128,7 +128,7 @@ def test_only_with_replay_a_contradicted_task_is_remembered(seed: int, tmp_path:
     tasks = [first.experience(0).without_groups(), second.experience(1).without_groups()]
     replay = trained(ClusterFixReplay, ClusterFixReplayConfig(buffer_size=40), context, tasks)
     assert accuracy(replay.model(), first) > 0.9
-    assert accuracy(trained(ClusterFix, ClusterFixConfig(), context, tasks).model(), first) < 0.8
+    assert accuracy(trained(ClusterFix, ClusterFixConfig(), context, tasks).model(), first) < 0.2
 
 
 def test_replayed_samples_have_neither_weights_nor_pseudo_labels(tmp_path: Path) -> None:

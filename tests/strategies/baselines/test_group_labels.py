@@ -67,7 +67,7 @@ def test_moving_q_lowers_the_loss_of_the_worst_group_beyond_equal_weights(seed: 
         )
         worst[step] = float(group_losses(strategy.model(), split).max())
         moved = float((strategy.weights.q - 1 / GROUPS).abs().max())
-        assert (moved > 0.1) == (step == 0.01)
+        assert (moved > 0.05) == (step == 0.01)
     assert worst[0.01] < 0.9 * worst[1e-9]
 
 

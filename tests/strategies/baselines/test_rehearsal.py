@@ -49,7 +49,7 @@ def test_replay_remembers_a_contradicted_task(seed: int, tmp_path: Path) -> None
 @pytest.mark.parametrize("seed", SEEDS)
 def test_a_buffer_of_one_sample_does_not_remember(seed: int, tmp_path: Path) -> None:
     strategy, first = after_contradiction(ExperienceReplay, ReplayConfig(buffer_size=1), tmp_path, seed)
-    assert accuracy(strategy.model(), first) < 0.8
+    assert accuracy(strategy.model(), first) < 0.7
 
 
 def test_the_buffer_holds_inputs_as_the_experience_stores_them(tmp_path: Path) -> None:
@@ -104,7 +104,7 @@ def test_old_classes_of_a_shared_head_suffer_less_than_under_plain_replay(seed: 
         strategy.learn(new.experience(1))
         lost[kind] = before - accuracy(strategy.model(), held_out)
     assert lost[ExperienceReplay] > 0.12
-    assert lost[AsymmetricReplay] < 0.06
+    assert lost[AsymmetricReplay] < 0.5 * lost[ExperienceReplay]
 
 
 def test_with_a_head_for_each_task_nothing_is_masked(tmp_path: Path) -> None:
@@ -145,7 +145,7 @@ def test_either_term_remembers_and_neither_forgets(
     config = DarkReplayConfig(buffer_size=40, alpha=alpha, beta=beta)
     strategy, first = after_contradiction(DarkReplay, config, tmp_path, seed)
     assert (accuracy(strategy.model(), first) > 0.9) == remembers
-    assert remembers or accuracy(strategy.model(), first) < 0.7
+    assert remembers or accuracy(strategy.model(), first) < 0.2
 
 
 def test_without_its_terms_der_is_fine_tuning(tmp_path: Path) -> None:

@@ -1,0 +1,86 @@
+"""Every command in a README is run, as printed but for what would take minutes; every example is executed."""
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+READMES = [ROOT / name for name in ("README.md", "plugins/README.md", "datasets/README.md", "leaderboards/README.md")]
+BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+
+pytestmark = pytest.mark.xdist_group("docs")
+
+
+def blocks(readme: Path, language: str) -> list[str]:
+    return [text for found, text in BLOCK.findall(readme.read_text(encoding="utf-8")) if found == language]
+
+
+def commands() -> list[tuple[str, str]]:
+    """(README, command) of every line of a block without a language that calls shiftproof, Python or make."""
+    found = []
+    for readme in READMES:
+        for block in blocks(readme, ""):
+            for line in block.splitlines():
+                command = line.removeprefix(".venv/bin/")
+                if command.startswith(("shiftproof ", "python -m shiftproof", "make ")):
+                    found.append((str(readme.relative_to(ROOT)), command))
+    return found
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder like that of somebody who follows the texts: an example file, finished runs, an installed package."""
+    folder = tmp_path_factory.mktemp("reader")
+    (example,) = (text for text in blocks(ROOT / "README.md", "python") if "SmoothConfig" in text)
+    (folder / "my_method.py").write_text(example)
+    shutil.copytree(ROOT / "leaderboards" / "runs" / "digits", folder / "runs" / "digits")
+    return folder
+
+
+def shell(arguments: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": str(folder / "site"), "COLUMNS": "200"}
+    return subprocess.run(arguments, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+
+
+def shortened(words: list[str]) -> list[str]:
+    """Suites of many cells are planned, not run; other runs take one epoch, one seed and a base that needs no training."""
+    if words[1] != "run" or "--dry-run" in words:
+        return words
+    if "--stream" not in words:
+        return [*words, "--dry-run"]
+    return [*words, "--seeds", "0", "--set", "recipe.epochs=1", "--set", "base.kind=random"]
+
+
+@pytest.mark.parametrize(("readme", "command"), commands())
+def test_a_command_in_a_readme_does_what_it_should(readme: str, command: str, place: Path) -> None:
+    words = shlex.split(command, comments=True)
+    if words[0] == "make":
+        done = shell(["make", "--dry-run", "--directory", str(ROOT), *words[1:]], place)
+    elif words[0] == "python":
+        done = shell([sys.executable, *words[1:], *([str(place)] if "frozen.make" in command else [])], place)
+    else:
+        done = shell([str(Path(sys.executable).parent / "shiftproof"), *shortened(words)[1:]], place)
+    assert done.returncode == 0, f"{readme}: {command}\n{done.stdout}\n{done.stderr}"
+    if words[:2] == ["shiftproof", "new-strategy"]:
+        install = ["-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--no-build-isolation", "--target", "site"]
+        package = next(place.glob("shiftproof-*"))
+        installed = shell([sys.executable, *install, str(package)], place)
+        assert installed.returncode == 0, installed.stderr
+
+
+def test_both_readmes_print_the_same_example() -> None:
+    (root,) = (text for text in blocks(ROOT / "README.md", "python") if "SmoothConfig" in text)
+    assert root in blocks(ROOT / "plugins" / "README.md", "python")
+
+
+def test_the_readme_names_every_strategy_of_the_digits_suite() -> None:
+    from shiftproof.datasets.suites import DIGITS
+
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert [name for name in DIGITS if f"`{name}`" not in text] == []
