@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from shiftproof.benchmark.curves import task_curves
 from shiftproof.benchmark.errors import InputError
 from shiftproof.benchmark.export import display_name
-from shiftproof.benchmark.labels import place_labels, spread
+from shiftproof.benchmark.labels import crosses, place_labels, spread
 from shiftproof.benchmark.records import RunRecord, write_atomically
 
 Block = Mapping[str, Any]
@@ -31,6 +31,7 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#E69F00", "#5
 MARKERS = "osD^vPX"
 DASHES = ("-", (0, (5, 1.5)), (0, (1.5, 1.2)), (0, (6, 1.5, 1.5, 1.5)))
 DPI = 200
+LEAST_SPAN = 4.0  # percentage points on an axis, so that noise does not look like a difference
 NAME_LENGTH = 48
 STEM_LENGTH = 120  # file systems end at 255
 STYLE: dict[str, Any] = {
@@ -137,6 +138,9 @@ def _scatter(section: Block, points: Sequence[tuple[Block, Block, Look]]) -> Fig
     axes.set_ylabel("worst-group accuracy (%)")
     axes.set_title(_wrapped(section["title"], 90))
     axes.margins(0.06)
+    for (low, high), set_limits in ((axes.get_xlim(), axes.set_xlim), (axes.get_ylim(), axes.set_ylim)):
+        middle, half = (low + high) / 2, max(high - low, LEAST_SPAN) / 2
+        set_limits(middle - half, middle + half)
     figure.supxlabel(_caption(points), **CAPTION)
     figure.draw_without_rendering()
     _name_points(axes, means, bars, [look for _, _, look in points])
@@ -180,13 +184,7 @@ def _name_points(axes: Axes, means: Array, bars: Array, looks: Sequence[Look]) -
     extents = [text.get_window_extent() for text in texts]
     sizes = np.array([[extent.width + 2 * unit, extent.height + 1 * unit] for extent in extents])
     points, low, high = (axes.transData.transform(at) for at in (means, means - bars, means + bars))  # (N, 2) each
-    half = 3.5 * unit
-    markers = np.concatenate([points - half, points + half], 1)
-    across = np.stack([low[:, 0], points[:, 1] - unit, high[:, 0], points[:, 1] + unit], 1)
-    upright = np.stack([points[:, 0] - unit, low[:, 1], points[:, 0] + unit, high[:, 1]], 1)
-    frame = np.array(axes.bbox.extents)
-    # A marker matters more than a bar: it is counted three times.
-    corners = place_labels(points, sizes, np.concatenate([markers] * 3 + [across, upright]), frame, unit)
+    corners = place_labels(points, sizes, crosses(points, low, high, unit), np.array(axes.bbox.extents), unit)
     for text, corner, size, point, look in zip(texts, corners, sizes, points, looks, strict=True):
         x, y = axes.transData.inverted().transform(corner + unit * np.array([1.0, 0.5]))
         text.set_position((float(x), float(y)))

@@ -41,6 +41,25 @@ def place_labels(points: Array, sizes: Array, obstacles: Array, frame: Array, un
     return boxes[:, :2]
 
 
+def crosses(points: Array, low: Array, high: Array, unit: float) -> Array:
+    """Boxes around points and their error bars, for labels to keep clear of.
+
+    Args:
+        points: (N, 2) float64, in pixels.
+        low: (N, 2) float64, left and lower ends of the bars.
+        high: (N, 2) float64, right and upper ends.
+        unit: Pixels of a typographic point.
+
+    Returns:
+        (5 N, 4) float64: a marker matters more than a bar and is counted three times.
+    """
+    half = 3.5 * unit
+    markers = np.concatenate([points - half, points + half], 1)
+    across = np.stack([low[:, 0], points[:, 1] - unit, high[:, 0], points[:, 1] + unit], 1)
+    upright = np.stack([points[:, 0] - unit, low[:, 1], points[:, 0] + unit, high[:, 1]], 1)
+    return np.concatenate([markers] * 3 + [across, upright])
+
+
 def spread(heights: Array, gap: float, low: float, high: float) -> Array:
     """Heights moved as little as keeps them `gap` apart, in their order, within [low, high] if there is room.
 

@@ -15,8 +15,9 @@ from shiftproof.benchmark.errors import InputError
 HOOK = "@hookimpl\ndef shiftproof_suites():\n    return []\n"
 
 
-def test_an_installed_plugin_is_found_with_its_distribution(site: Any) -> None:
+def test_an_installed_plugin_is_found_with_its_distribution(site: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     site.install("toy", HOOK, version="2.5")
+    monkeypatch.delitem(sys.modules, "toy_toy", raising=False)  # other tests load plugins of that name
     assert Entry("toy", "toy_toy", "shiftproof-toy", "2.5") in installed_entries()
     assert "toy_toy" not in sys.modules
 

@@ -12,7 +12,7 @@ from matplotlib import image, rc_context
 
 from shiftproof.benchmark.errors import InputError
 from shiftproof.benchmark.figures import draw_board
-from shiftproof.benchmark.labels import Array, place_labels, spread
+from shiftproof.benchmark.labels import Array, crosses, place_labels, spread
 from shiftproof.benchmark.leaderboard import build_board
 from shiftproof.benchmark.records import RunRecord
 
@@ -80,14 +80,18 @@ def overlap(boxes: Array) -> float:
 def test_18_labels_avoid_each_other_the_points_and_the_edge(seed: int) -> None:
     points = np.random.Generator(np.random.PCG64(seed)).uniform((40, 40), (460, 360), (18, 2))
     sizes = np.tile([60.0, 10.0], (18, 1))
-    markers = np.concatenate([points - 3.5, points + 3.5], 1)
-    corners = place_labels(points, sizes, markers, np.array([0.0, 0.0, 500.0, 400.0]))
+    corners = place_labels(points, sizes, crosses(points, points - 10, points + 10, 1.0), np.array([0.0, 0.0, 500.0, 400.0]))
     boxes = np.concatenate([corners, corners + sizes], 1)
     assert overlap(boxes) == 0
     assert (boxes >= 0).all()
     assert (boxes[:, 2] <= 500).all()
     distance = np.hypot(*(np.clip(points, boxes[:, :2], boxes[:, 2:]) - points).T)
     assert distance.max() < 40
+
+
+def test_crosses_are_boxes_around_markers_and_bars() -> None:
+    boxes = crosses(np.array([[10.0, 20.0]]), np.array([[5.0, 18.0]]), np.array([[16.0, 25.0]]), 2.0)
+    assert boxes.tolist() == [[3, 13, 17, 27]] * 3 + [[5, 18, 16, 22], [8, 18, 12, 25]]
 
 
 def test_labels_of_identical_points_do_not_overlap() -> None:

@@ -18,7 +18,7 @@ from shiftproof.datasets.digits import TASKS, BiasedDigitsConfig, DigitsConfig, 
 
 # Any change of the pictures, of their order or of the groups shows here; boards made before are then void.
 B_DIGITS_SHA256 = "666ad56888422ece12e06ebe32e8c4848cf367e62b4c8d116e4bc4bb1a4cb8b7"
-SPLIT_DIGITS_SHA256 = "0e0a1dd9555ec1b7995845027985eb37c23e84f3407a472d4fec99f52ab60276"
+SPLIT_DIGITS_SHA256 = "4dcc2f9040c7e702de7a2b64cee9c72ad420701793dc7282be61e7e64755a55f"
 
 SPECS = {spec.name: spec for spec in shiftproof_streams()}
 

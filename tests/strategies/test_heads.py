@@ -29,7 +29,8 @@ def born(*names: str, seed: int = 0, purpose: str = "heads") -> Heads:
 
 
 def weight(heads: Heads, name: str) -> list[float]:
-    return heads.state_dict()[f"heads.{name}.weight"].flatten().tolist()
+    drawn: torch.Tensor = heads.state_dict()[f"heads.{name}.weight"]
+    return drawn.flatten().tolist()
 
 
 def test_a_head_is_drawn_by_its_name_whatever_was_born_or_drawn_before() -> None:
@@ -78,5 +79,5 @@ def test_a_copy_shares_the_context_and_nothing_else() -> None:
     twin = copy.deepcopy(heads)
     assert twin._context is heads._context
     with torch.no_grad():
-        twin.heads["a"].weight.zero_()  # type: ignore[operator, union-attr]
+        twin.heads["a"].weight.zero_()  # type: ignore[operator]
     assert any(weight(heads, "a"))

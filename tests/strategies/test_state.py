@@ -129,7 +129,7 @@ def test_heads_born_during_training_are_rebuilt_in_their_order(run: RunContext) 
 def test_objects_with_a_state_dict_are_loaded_in_place_also_deep_inside(run: RunContext) -> None:
     buffer = ReservoirBuffer(4)
     buffer.add(torch.arange(3.0), torch.arange(3), torch.zeros(3, dtype=torch.int64), torch.Generator())
-    current = {"a": [0, ReservoirBuffer(4)]}
+    current: dict[str, Any] = {"a": [0, ReservoirBuffer(4)]}
     back = through_a_file({"a": [1, buffer]}, current, run)
     assert back["a"][0] == 1
     assert back["a"][1] is current["a"][1]
