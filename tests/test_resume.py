@@ -12,14 +12,14 @@ from typing import Any
 import pytest
 
 from shiftproof.benchmark.matrix import Plan
-from shiftproof.benchmark.records import RecordStore, RunRecord
+from shiftproof.benchmark.records import RecordStore
 from shiftproof.benchmark.registry import Registry
 from shiftproof.benchmark.runner import run_cell
 
 OVERRIDES = ("recipe.epochs=6", "recipe.batch_size=8", "stream.samples=64")  # 96 steps, with a checkpoint after each
 
 # Imports once, then starts the suite again and again in a fork of itself, and kills it KILLS times: once it has written so
-# many checkpoints, or has begun where it writes none, and a moment later. FOLDER TOYS STRATEGY KILLS OVERRIDE ...
+# many checkpoints, or has begun where it writes none, and a moment later. FOLDER TOYS STRATEGIES KILLS OVERRIDE ...
 KILLER = """
 import json, os, random, signal, sys, time
 from pathlib import Path
@@ -32,82 +32,85 @@ from shiftproof.benchmark.contracts import SuiteSpec
 from shiftproof.benchmark.matrix import RunOptions, plan, run_plan
 from shiftproof.benchmark.registry import load_registry
 
-folder, toys, strategy, kills, *overrides = sys.argv[1:]
+folder, toys, strategies, kills, *overrides = sys.argv[1:]
 plugins = ("rehearsal",)
 registry = load_registry(plugins, [Path(toys)])
 options = RunOptions(Path(folder), "inline", entry_points=plugins, files=(toys,), checkpoint_seconds=0.0)
-planned = plan(registry, SuiteSpec("s", "", ("tiny",), (strategy,), (0,)), overrides)
-run_id = planned.cells[0].run_id
-rng = random.Random(strategy)
+rng = random.Random(0)
 
 
-def stamp():
+def stamp(run_id):
     for path in (Path(folder, "checkpoints", f"{run_id}.pt"), Path(folder, "locks", f"{run_id}.lock")):
         if path.exists():
             return path.stat().st_mtime_ns
 
 
-def done(child):
+def has_ended(child):
     return os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT)
 
 
-def kill(child, after, moment):
-    seen = {None, stamp()}
-    while len(seen) < after + 2 and not done(child):
-        seen.add(stamp())
+def kill(child, run_id, after, moment):
+    seen = {None, stamp(run_id)}
+    while len(seen) < after + 2 and not has_ended(child):
+        seen.add(stamp(run_id))
         time.sleep(0.001)
     time.sleep(rng.uniform(0, moment))
     os.kill(child, signal.SIGKILL)
 
 
-killed = 0
-while True:
-    child = os.fork()
-    if not child:
-        outcome = run_plan(planned, registry, options)
-        os._exit(0 if outcome.finished + outcome.reused == 1 else 1)
-    if killed < int(kills):
-        kill(child, *((rng.randrange(10), 0.02) if strategy == "er" else (0, 0.1)))
-    _, status = os.waitpid(child, 0)
-    if os.WIFSIGNALED(status):
+def torment(strategy):
+    planned = plan(registry, SuiteSpec("s", "", ("tiny",), (strategy,), (0,)), overrides)
+    killed = 0
+    while True:
+        child = os.fork()
+        if not child:
+            outcome = run_plan(planned, registry, options)
+            os._exit(0 if outcome.finished + outcome.reused == 1 else 1)
+        if killed < int(kills):
+            kill(child, planned.cells[0].run_id, *((rng.randrange(10), 0.02) if strategy == "er" else (0, 0.1)))
+        _, status = os.waitpid(child, 0)
+        if not os.WIFSIGNALED(status):
+            return {"killed": killed, "status": os.waitstatus_to_exitcode(status)}
         killed += 1
-    else:
-        break
-print(json.dumps({"killed": killed, "status": os.waitstatus_to_exitcode(status)}))
+
+
+print(json.dumps({strategy: torment(strategy) for strategy in strategies.split(",")}))
 """
 
 
-def killed_and_started_again(folder: Path, toys: Path, strategy: str, kills: int) -> dict[str, Any]:
-    command = [sys.executable, "-c", KILLER, str(folder), str(toys), strategy, str(kills), *OVERRIDES]
+@pytest.fixture(scope="module")
+def cut(registry: Registry, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """The output folder of suites that were killed again and again, and how often each was."""
+    folder = tmp_path_factory.mktemp("cut")
+    command = [sys.executable, "-c", KILLER, str(folder), str(registry.files[0]), "er,plain", "6", *OVERRIDES]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr
-    said: dict[str, Any] = json.loads(done.stdout)
-    return said
-
-
-def left(folder: Path) -> list[str]:
-    return sorted({path.parent.name for path in folder.rglob("*") if path.is_file()})
+    return folder, json.loads(done.stdout)
 
 
 @pytest.mark.parametrize(("strategy", "resumable"), [("er", True), ("plain", False)], ids=["resumable", "from the start"])
 def test_a_suite_that_is_killed_again_and_again_ends_in_the_results_of_an_uninterrupted_one(
-    plan_of: Callable[..., Plan], registry: Registry, tmp_path: Path, strategy: str, resumable: bool
+    cut: tuple[Path, dict[str, Any]],
+    plan_of: Callable[..., Plan],
+    registry: Registry,
+    tmp_path: Path,
+    strategy: str,
+    resumable: bool,
 ) -> None:
+    folder, said = cut
     (cell,) = plan_of(strategy, *OVERRIDES).cells
     whole = run_cell(cell, registry, tmp_path / "whole")
-    said = killed_and_started_again(tmp_path / "cut", registry.files[0], strategy, 6)
-    record = RecordStore(tmp_path / "cut").read(cell.run_id)
-    assert said["killed"] > 0
-    assert said["status"] == 0
+    record = RecordStore(folder).read(cell.run_id)
+    assert said[strategy]["killed"] > 0
+    assert said[strategy]["status"] == 0
     assert record is not None
-    assert_equal(record, whole)
-    assert bool(record.provenance["resumed_from"]) is resumable
-    assert record.cost["optimizer_steps"] == whole.cost["optimizer_steps"]
-    assert left(tmp_path / "cut") == ["locks", "records"]
-
-
-def assert_equal(record: RunRecord, whole: RunRecord) -> None:
-    assert record.results == whole.results
-    assert record.results_sha256 == whole.results_sha256
+    assert (record.status, record.results_sha256, record.results) == ("finished", whole.results_sha256, whole.results)
     assert record.logs == whole.logs
-    assert record.status == "finished"
+    assert record.cost["optimizer_steps"] == whole.cost["optimizer_steps"]
+    assert bool(record.provenance["resumed_from"]) is resumable
+
+
+def test_nothing_is_left_of_the_attempts_that_were_killed(cut: tuple[Path, dict[str, Any]]) -> None:
+    left = [path for path in cut[0].rglob("*") if path.is_file()]
+    assert {path.parent.name for path in left} == {"locks", "records"}
+    assert len(left) == 4
