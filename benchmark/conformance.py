@@ -84,7 +84,9 @@ def planted_stream(permute_groups: bool = False) -> Stream:
     )
 
 
-def _pictures(rng: np.random.Generator, task: int, count: int, p_corr: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _pictures(
+    rng: np.random.Generator, task: int, count: int, p_corr: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(N, 3, 16, 16) uint8, (N,) int64 labels and (N,) int64 colours."""
     y = np.arange(count) % 2
     z = np.where(rng.random(count) < p_corr, y, 1 - y)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from shiftproof.benchmark.errors import NotFiniteError
+from shiftproof.benchmark.errors import ContractError, NotFiniteError
 from shiftproof.benchmark.experiences import EvalSet
 from shiftproof.benchmark.metrics import Counts
 
@@ -29,6 +29,7 @@ def evaluate(model: nn.Module, evals: Sequence[EvalSet], device: torch.device) -
 
     Raises:
         NotFiniteError: If a logit is NaN or infinite: argmax of NaN is 0 and would look like an answer.
+        ContractError: If the logits are not one row a sample with a column for every class: argmax would look like an answer.
     """
     return [_count(eval_set, *_predict(model, eval_set, device)) for eval_set in evals]
 
@@ -39,11 +40,19 @@ def _predict(model: nn.Module, eval_set: EvalSet, device: torch.device) -> tuple
     with evaluating(model), torch.no_grad():
         for task, data in eval_set.parts:
             for start in range(0, len(data), EVAL_BATCH):
-                logits = model(data.inputs(slice(start, start + EVAL_BATCH)).to(device), task)
+                x = data.inputs(slice(start, start + EVAL_BATCH)).to(device)
+                logits = model(x, task)
+                _check_shape(logits, len(x), int(data.y.max()) + 1, eval_set.name)
                 if not bool(torch.isfinite(logits).all()):
                     raise NotFiniteError(f"expected finite logits on eval set {eval_set.name!r}, got NaN or infinity")
                 predictions.append(logits.argmax(dim=1).cpu())
     return torch.cat(predictions), torch.cat([data.y for _, data in eval_set.parts])
+
+
+def _check_shape(logits: Tensor, samples: int, classes: int, name: str) -> None:
+    if logits.ndim != 2 or len(logits) != samples or logits.shape[1] < classes:
+        expected = f"({samples}, C) logits with C of at least {classes}"
+        raise ContractError(f"expected {expected} on eval set {name!r}, one a class, got {tuple(logits.shape)}")
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from shiftproof.benchmark.cache import Cache, locked
 from shiftproof.benchmark.cells import build_stream, make_cell
 from shiftproof.benchmark.errors import InputError
 from shiftproof.benchmark.executors import JobResult
+from shiftproof.benchmark.loading import PluginError
 from shiftproof.benchmark.records import RecordStore, RunRecord, RunRequest
 from shiftproof.benchmark.registry import Registry, load_registry
 from shiftproof.benchmark.runner import run_cell
@@ -88,6 +89,8 @@ def execute(job: Job) -> JobResult:
             return JobResult(job.run_id, _run(job, out).status)
     except filelock.Timeout:
         return JobResult(job.run_id, "busy")
+    except PluginError as error:
+        raise InputError(str(error)) from error  # which, unlike a PluginError, finds its way back from a worker
 
 
 def _run(job: Job, out: Path) -> RunRecord:
@@ -95,7 +98,7 @@ def _run(job: Job, out: Path) -> RunRecord:
     if stored is not None and not job.rerun and (stored.status == "finished" or stored.attempts > job.attempts):
         return stored
     device = _device(job.device)
-    stamps = tuple((stat.st_mtime_ns, stat.st_size) for stat in map(os.stat, job.files))
+    stamps = tuple((stat.st_mtime_ns, stat.st_size) for stat in map(os.stat, filter(os.path.exists, job.files)))
     registry = _registry(job.entry_points, job.files, stamps)
     cell = make_cell(registry, job.request, _stream(registry, _stream_part(job.request), job.data_root), device)
     if cell.run_id != job.run_id:

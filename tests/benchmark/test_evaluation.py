@@ -9,7 +9,7 @@ from sklearn.metrics import accuracy_score, confusion_matrix
 from torch import Tensor, nn
 
 from shiftproof.benchmark import ArrayData, EvalSet, evaluating
-from shiftproof.benchmark.errors import NotFiniteError
+from shiftproof.benchmark.errors import ContractError, NotFiniteError
 from shiftproof.benchmark.evaluation import EVAL_BATCH, evaluate
 
 CPU = torch.device("cpu")
@@ -66,6 +66,28 @@ def test_logits_that_are_not_finite_are_refused_by_name_of_the_set(value: float)
     eval_set.parts[0][1].x[-1, 3] = value
     with pytest.raises(NotFiniteError, match="expected finite logits on eval set 'set-2'"):
         evaluate(Oracle(), [eval_set], CPU)
+
+
+class Shaped(nn.Module):
+    """Answers in another shape."""
+
+    def __init__(self, *shape: int) -> None:
+        super().__init__()
+        self.shape = shape
+
+    def forward(self, x: Tensor, task: int) -> Tensor:
+        return torch.zeros(len(x), *self.shape)
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (3,), (4, 1)], ids=str)
+def test_logits_of_another_shape_than_one_a_class_are_refused(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ContractError, match=r"expected \(20, C\) logits with C of at least 4 on eval set 'set-5', one a class"):
+        evaluate(Shaped(*shape), [random_set(5, (0,), (20,))], CPU)
+
+
+def test_logits_for_more_classes_than_the_set_has_are_answers() -> None:
+    (counts,) = evaluate(Shaped(9), [random_set(5, (0,), (20,))], CPU)
+    assert sum(total for _, total in counts.groups) == 20
 
 
 class Moody(Oracle):

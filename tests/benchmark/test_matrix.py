@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from shiftproof.benchmark import Stream, jobs
+from shiftproof.benchmark.cells import build_stream
+from shiftproof.benchmark.contracts import SuiteSpec
 from shiftproof.benchmark.errors import InputError, OutputError
-from shiftproof.benchmark.matrix import Outcome, Plan, RunOptions, Step, run_plan, states
-from shiftproof.benchmark.records import RecordStore, RunRecord
-from shiftproof.benchmark.registry import Registry
+from shiftproof.benchmark.matrix import Outcome, Plan, RunOptions, Step, plan, run_plan, states
+from shiftproof.benchmark.records import RecordStore, RunRecord, RunRequest
+from shiftproof.benchmark.registry import Registry, load_registry
 
 PlanOf = Callable[..., Plan]
 
@@ -198,13 +202,41 @@ def test_an_output_folder_that_cannot_be_written_is_one_line(plan_of: PlanOf, ca
         carry_out(plan_of("toy"))
 
 
+def test_a_stream_is_built_once_for_all_cells_of_a_worker(
+    plan_of: PlanOf, carry_out: CarryOut, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built: list[str] = []
+
+    def build(registry: Registry, request: RunRequest, root: str | None) -> Stream:
+        built.append(request.stream)
+        return build_stream(registry, request, root)
+
+    monkeypatch.setattr("shiftproof.benchmark.jobs.build_stream", build)
+    jobs._stream.cache_clear()
+    outcome = carry_out(plan_of("plain,tensor-logs", streams="tiny,tiny-last", seeds=(0, 1)))
+    assert outcome.finished == 8
+    assert built == ["tiny", "tiny-last"]
+    jobs._stream.cache_clear()
+
+
+def test_a_plugin_that_breaks_or_goes_away_after_the_plan_is_one_line(registry: Registry, tmp_path: Path) -> None:
+    file = tmp_path / "going.py"
+    file.write_text(registry.files[0].read_text())
+    loaded = load_registry((), [file])
+    planned = plan(loaded, SuiteSpec("s", "", ("tiny",), ("toy",), (0,)))
+    options = RunOptions(tmp_path / "out", "inline", entry_points=(), files=(str(file),))
+    file.write_text("import no_such_module\n")
+    with pytest.raises(InputError, match=r"plugin 'going' .* cannot be used: ModuleNotFoundError") as caught:
+        run_plan(planned, loaded, options)
+    assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)  # as it comes back from a worker
+    file.unlink()
+    with pytest.raises(InputError, match="expected a Python file as plugin, got"):
+        run_plan(planned, loaded, options)
+
+
 def test_a_plugin_that_is_edited_after_the_plan_is_refused_and_run_anew_after_the_next(
     registry: Registry, tmp_path: Path
 ) -> None:
-    from shiftproof.benchmark.contracts import SuiteSpec
-    from shiftproof.benchmark.matrix import plan
-    from shiftproof.benchmark.registry import load_registry
-
     source = registry.files[0].read_text()
     file = tmp_path / "edited.py"
     options = RunOptions(tmp_path / "out", "inline", entry_points=(), files=(str(file),))

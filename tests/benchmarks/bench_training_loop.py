@@ -6,7 +6,7 @@ Data, backbone and recipe are those of `b-digits`, of whose epochs a few suffice
 five alternating pairs (A B A B ...), by the clock and by processor time; on a busy machine neither says much. Both sides of a
 pair take the same number of steps with the same batch sizes, of stream and memory alike. The bare loop also takes the same
 batches and ends at the same weights, which is checked. Avalanche reads the same uint8 pictures, and in lines of their own
-pictures that were converted to float32 beforehand; its learning rate stays constant, which is less work than ours.
+pictures that were converted to float32 beforehand; its learning rate stays constant, but it clips gradients where we do.
 """
 
 from __future__ import annotations
@@ -124,6 +124,8 @@ def bare_loop(net: Model, experience: DataExperience, context: RunContext) -> No
             loss = F.cross_entropy(net(x, task), y)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
+            if recipe.clip_norm:
+                nn.utils.clip_grad_norm_(net.parameters(), recipe.clip_norm)
             optimizer.step()
             done += 1
 
@@ -157,6 +159,17 @@ def multi_head(net: Model) -> nn.Module:
     return MultiHead()
 
 
+class Clipping:
+    """The recipe's clipping as a plugin of Avalanche."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.clip_norm = recipe.clip_norm
+
+    def before_update(self, strategy: Any, **_: Any) -> None:
+        """After the gradients, before the step."""
+        nn.utils.clip_grad_norm_(strategy.model.parameters(), self.clip_norm)
+
+
 def avalanche_naive(model: nn.Module, recipe: Recipe, *plugins: Any) -> Any:
     """Avalanche's loop with nothing switched on that it does not need."""
     from avalanche.training.plugins import EvaluationPlugin
@@ -168,7 +181,7 @@ def avalanche_naive(model: nn.Module, recipe: Recipe, *plugins: Any) -> Any:
         train_mb_size=recipe.batch_size,
         train_epochs=recipe.epochs,
         evaluator=EvaluationPlugin(),
-        plugins=list(plugins),
+        plugins=[*plugins, *([Clipping(recipe)] if recipe.clip_norm else [])],
     )
 
 
