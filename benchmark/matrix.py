@@ -133,8 +133,10 @@ def run_plan(plan: Plan, registry: Registry, options: RunOptions, progress: Call
     """Run what is not finished yet. Kill it anywhere and call it again: nothing finished is run twice.
 
     Raises:
-        InputError: If the output folder cannot be written.
+        InputError: If the output folder cannot be written, a record in it is damaged, or there is to be no worker.
     """
+    if options.jobs < 1:
+        raise InputError(f"expected 1 or more jobs, got {options.jobs}")
     store = RecordStore(options.out)
     by_id = {cell.run_id: cell for cell in plan.cells}
     outcome = Outcome()

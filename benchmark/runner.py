@@ -119,15 +119,17 @@ class CellRun:
         self.registry.observers.experience_learned(self.cell.request, experience, dict(logs), [counts.groups for counts in row])
 
     def seconds(self) -> float:
-        """Wall time over all attempts that were resumed."""
+        """Wall time over all attempts that were resumed, without the making of the base, which all cells share."""
         return self.progress.seconds + time.monotonic() - self.started
 
     def _base(self, cache: Cache) -> tuple[Model, StateDict]:
+        before = time.monotonic()
         stream = self.cell.stream
         build = self.registry.backbone(stream.base.backbone).build
         weights = base_weights(
             stream.base, lambda: build(stream.input_shape), stream.unlabelled(), cache, stream.base_sha256, self.device
         )
+        self.started += time.monotonic() - before
         self.base_weights_sha256 = sha256({name: _bytes_sha256(tensor) for name, tensor in sorted(weights.items())})
         return Model(build(stream.input_shape), stream.heads), weights
 

@@ -196,6 +196,11 @@ def test_a_truncated_record_is_one_line_and_nothing_is_run(plan_of: PlanOf, carr
     assert len(list(path.parent.iterdir())) == 1
 
 
+def test_no_jobs_is_wrong_input(plan_of: PlanOf, carry_out: CarryOut) -> None:
+    with pytest.raises(InputError, match="expected 1 or more jobs, got 0"):
+        carry_out(plan_of("toy"), jobs=0)
+
+
 def test_an_output_folder_that_cannot_be_written_is_one_line(plan_of: PlanOf, carry_out: CarryOut, tmp_path: Path) -> None:
     (tmp_path / "out").write_text("in the way")
     with pytest.raises(OutputError, match=r"expected to write .* into .*; choose another folder"):

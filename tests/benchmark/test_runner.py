@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import re
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -326,6 +327,20 @@ def test_failed_attempts_are_counted_and_a_success_replaces_them(
     mended = replace(cell, spec=replace(cell.spec, build=registry.strategies["toy"].build))
     record = run_cell(mended, registry, tmp_path / "out")
     assert (record.status, record.attempts) == ("finished", 4)
+
+
+def test_the_time_for_the_base_which_all_cells_share_is_not_the_cells(
+    plan_of: PlanOf, registry: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def slow(recipe: Any, build: Callable[[], torch.nn.Module], *_: Any) -> dict[str, torch.Tensor]:
+        time.sleep(1.5)
+        return build().state_dict()
+
+    monkeypatch.setattr("shiftproof.benchmark.runner.base_weights", slow)
+    before = time.monotonic()
+    (cell,) = plan_of("tensor-logs").cells
+    record = run_cell(cell, registry, tmp_path)
+    assert record.cost["wall_seconds"] <= time.monotonic() - before - 1.5
 
 
 def test_scratch_of_a_cell_is_gone_once_it_is_recorded(plan_of: PlanOf, registry: Registry, tmp_path: Path) -> None:

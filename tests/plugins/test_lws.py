@@ -209,7 +209,8 @@ def test_a_recipe_shorter_than_the_warm_up_takes_the_losses_at_its_end(tmp_path:
     with torch.no_grad():
         losses = F.cross_entropy(strategy.net(split.x, 0), split.y, reduction="none")
     torch.testing.assert_close(strategy.recorded, losses)
-    assert len(strategy.buffer) > 0
+    strategy.learn(biased(1).experience(1).without_groups())
+    assert (strategy.buffer.composition().sum(dim=1) > 8).tolist() == [True, True]
 
 
 def test_a_buffer_without_a_slot_for_each_bin_is_refused(tmp_path: Path) -> None:
@@ -259,6 +260,7 @@ def test_running_insertion_fills_the_first_bin_until_the_losses_are_taken(tmp_pa
     for epochs in (1, 3, 5):
         strategy = trained(Lws, config, surroundings(tmp_path, replace(SHORT, epochs=epochs), hidden=16), [task])
         filled[epochs] = strategy.buffer.composition()[0].tolist() if len(strategy.buffer) else [0] * 4
+    assert not started(config, tmp_path).recorded.any()
     assert filled[1] == [0, 0, 0, 0]
     assert filled[3] == [16, 0, 0, 0]
     assert filled[5][0] == 16

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -125,6 +126,15 @@ def test_the_balanced_buffer_has_equal_cells_and_a_better_worst_group_than_a_res
     for task, split in enumerate(two_biased(seed + 50, p_corr=0.5)):
         assert worst_group(balanced.model(), split, task) > 0.75
         assert worst_group(reservoir.model(), split, task) < 0.3
+
+
+@pytest.mark.parametrize("epochs", [1, 3])
+def test_each_sample_is_offered_to_the_balanced_buffer_once(epochs: int, tmp_path: Path) -> None:
+    split = biased(0, count=40, p_corr=0.5)
+    context = surroundings(tmp_path, replace(SHORT, epochs=epochs))
+    strategy = trained(GroupBalancedReplay, GroupBalancedReplayConfig(buffer_size=400), context, [split.experience()])
+    memory = strategy.buffer.contents()
+    assert sorted(map(tuple, memory.x.tolist())) == sorted(map(tuple, split.x.tolist()))
 
 
 @pytest.mark.parametrize("seed", SEEDS)

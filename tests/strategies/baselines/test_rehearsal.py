@@ -91,20 +91,20 @@ def test_rows_of_absent_classes_get_no_gradient_from_the_stream_and_with_plain_r
     assert reached[ExperienceReplay].tolist() == [True, True, True, True]
 
 
-@pytest.mark.parametrize("seed", SEEDS)
-def test_old_classes_of_a_shared_head_suffer_less_than_under_plain_replay(seed: int, tmp_path: Path) -> None:
+def test_old_classes_of_a_shared_head_suffer_less_than_under_plain_replay(tmp_path: Path) -> None:
     """The first steps on new classes, with one sample a class in memory: the scores of the old ones are not pushed down."""
-    old, new = directions(seed, (0, 1), inputs=4, spread=0.8), directions(seed, (2, 3), inputs=4, spread=0.8)
-    held_out = directions(seed + 100, (0, 1), inputs=4, spread=0.8)
-    lost = {}
-    for kind in (ExperienceReplay, AsymmetricReplay):
-        context = surroundings(tmp_path, GENTLE, inputs=4, hidden=32, heads={0: 4}, seed=seed)
-        strategy = trained(kind, ReplayConfig(buffer_size=4), context, [old.experience(0)])
-        before = accuracy(strategy.model(), held_out)
-        strategy.learn(new.experience(1))
-        lost[kind] = before - accuracy(strategy.model(), held_out)
-    assert lost[ExperienceReplay] > 0.12
-    assert lost[AsymmetricReplay] < 0.5 * lost[ExperienceReplay]
+    lost: dict[Any, list[float]] = {ExperienceReplay: [], AsymmetricReplay: []}
+    for kind in lost:
+        for seed in range(3):
+            old, new = directions(seed, (0, 1), inputs=4, spread=0.8), directions(seed, (2, 3), inputs=4, spread=0.8)
+            held_out = directions(seed + 100, (0, 1), inputs=4, spread=0.8)
+            context = surroundings(tmp_path, GENTLE, inputs=4, hidden=32, heads={0: 4}, seed=seed)
+            strategy = trained(kind, ReplayConfig(buffer_size=4), context, [old.experience(0)])
+            before = accuracy(strategy.model(), held_out)
+            strategy.learn(new.experience(1))
+            lost[kind].append(before - accuracy(strategy.model(), held_out))
+    assert sum(lost[ExperienceReplay]) / 3 > 0.12
+    assert sum(lost[AsymmetricReplay]) < 0.5 * sum(lost[ExperienceReplay])
 
 
 def test_with_a_head_for_each_task_nothing_is_masked(tmp_path: Path) -> None:
