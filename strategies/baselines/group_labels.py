@@ -90,7 +90,7 @@ class GroupDroConfig:
     step: Annotated[float, Gt(0)] = 0.01  # of the group weights
     adjustment: Annotated[float, Ge(0)] = 0.0  # C, added as C / sqrt(n_g); 0 = off
     adjust_loss: bool = False  # the adjustment enters the loss as well; released: True
-    uniform: bool = False  # draw groups with the same probability, as Algorithm 1 of the paper has it
+    uniform: bool = True  # draw groups with the same probability, Algorithm 1; False: every sample once an epoch
 
 
 class GroupDro(TrainingStrategy[GroupDroConfig]):
@@ -107,7 +107,7 @@ class GroupDro(TrainingStrategy[GroupDroConfig]):
         self.weights.start(self.groups.bincount())
 
     def order(self, experience: DataExperience, generator: torch.Generator) -> Tensor:
-        """Every sample once, or as many draws, each group as likely as any other."""
+        """As many draws as there are samples, each group as likely as any other."""
         if not self.config.uniform:
             return super().order(experience, generator)
         groups = self.groups.cpu()

@@ -225,7 +225,7 @@ def losses_by_hand(net: Model, experience: DataExperience) -> Tensor:
 def test_what_contradicts_an_experience_harms_it_less_than_in_fine_tuning(
     name: str, knobs: dict[str, Any], tmp_path: Path
 ) -> None:
-    stream = two_heads(optimizer="adam", lr=0.01, schedule="constant", epochs=6)
+    stream = two_heads(optimizer="adam", lr=0.01, schedule="constant", epochs=12)
     first, second = contradiction(stream)
     strategies = [make("avalanche-naive", stream, tmp_path), make(name, stream, tmp_path, **knobs)]
     losses = []
