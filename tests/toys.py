@@ -178,6 +178,14 @@ class TensorLogs(Plain):
         return {"loss": torch.tensor(0.5, requires_grad=True), "norm": np.float32(2), "steps": 3}
 
 
+class Drawer(Plain):
+    """Reports what the global generators give."""
+
+    def learn(self, experience: DataExperience) -> Mapping[str, float]:
+        """Draw."""
+        return {"torch": float(torch.rand(())), "numpy": float(np.random.rand())}
+
+
 class NoLogs(Plain):
     """Forgets to return anything."""
 
@@ -282,6 +290,7 @@ def shiftproof_strategies() -> list[StrategySpec[Any]]:
         "nan-logs": NanLogs,
         "nan-logits": NanLogits,
         "tensor-logs": TensorLogs,
+        "drawer": Drawer,
         "no-logs": NoLogs,
         "crash": Crash,
         "quitter": Quitter,

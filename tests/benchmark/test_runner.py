@@ -86,6 +86,13 @@ def test_the_same_seed_gives_the_same_results_with_other_cells_in_between(run: R
     assert run(strategies, seeds=(1,)).logs != first.logs
 
 
+def test_global_draws_are_those_of_seed_and_experience_whatever_was_drawn_before(run: Run) -> None:
+    first = run("drawer").logs
+    torch.rand(3), np.random.rand(3)
+    assert run("drawer").logs == first
+    assert len({value for entry in (*first, *run("drawer", seeds=(1,)).logs) for value in entry.values()}) == 8
+
+
 IDENTITIES = {
     "seed": {"seeds": (1,)},
     "knob": {"arguments": ("toy.scale=2",)},
