@@ -237,12 +237,14 @@ def toy_home(tmp_path_factory: pytest.TempPathFactory, harness_catalogue: Path) 
 
 
 @pytest.fixture
-def toy(toy_home: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """The plugin `toy` beside the harness alone, with a cache that the test may change; returns the site's folder."""
+def toy(toy_home: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
+    """The plugin `toy` beside the harness alone, with a cache that the test may change; yields the site's folder."""
     shutil.copytree(toy_home / "cache", tmp_path / "cache")
     monkeypatch.syspath_prepend(str(toy_home / "site"))
     monkeypatch.setenv("SHIFTPROOF_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("SHIFTPROOF_PLUGINS", "toy")
     # Child processes find the plugin as well.
     monkeypatch.setenv("PYTHONPATH", str(toy_home / "site"))
-    return toy_home / "site"
+    yield toy_home / "site"
+    # Another test's plugin of this name lies elsewhere.
+    sys.modules.pop("toy_toy", None)

@@ -140,10 +140,15 @@ def draw_all() -> tuple[float, float, float]:
 # What every strategy has in common
 
 
-def test_specs_are_read_without_importing_avalanche() -> None:
-    code = "import sys, shiftproof.strategies.avalanche as a; print(len(a.shiftproof_strategies()), 'avalanche' in sys.modules)"
+def test_specs_and_their_code_are_read_without_importing_avalanche() -> None:
+    code = (
+        "import sys, shiftproof.strategies.avalanche as a\n"
+        "from shiftproof.benchmark.codehash import code_sha256\n"
+        "specs = a.shiftproof_strategies()\n"
+        "print(len(specs), len({code_sha256(spec.build.__module__) for spec in specs}), 'avalanche' in sys.modules)"
+    )
     done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.split() == [str(len(SPECS)), "False"]
+    assert done.stdout.split() == [str(len(SPECS)), "1", "False"]
 
 
 def test_a_strategy_whose_packages_are_absent_says_what_to_install() -> None:
@@ -234,7 +239,7 @@ def test_what_contradicts_an_experience_harms_it_less_than_in_fine_tuning(
             strategy.learn(experience)
         losses.append([mean_loss(strategy.model(), first) for strategy in strategies])
     assert losses[0][0] == losses[0][1]  # nothing to remember yet
-    assert losses[1][0] > 1.5 * losses[1][1]
+    assert losses[1][0] > 1.2 * losses[1][1]
 
 
 @pytest.mark.parametrize(
