@@ -17,8 +17,8 @@ from shiftproof.benchmark.contracts import State
 from shiftproof.benchmark.experiences import ArrayData, EvalSet, GroupedExperience
 from shiftproof.benchmark.recipes import BaseRecipe, Recipe
 from shiftproof.benchmark.records import RunRecord, RunRequest
-from shiftproof.benchmark.registry import Registry, load_registry
-from shiftproof.benchmark.runner import Cell, CellRun, identify, run_cell
+from shiftproof.benchmark.registry.lookup import Registry, load_registry
+from shiftproof.benchmark.running.runner import Cell, CellRun, identify, run_cell
 from shiftproof.benchmark.streams import Scenario, Stream, sequential
 
 SAMPLES = 64  # of each experience

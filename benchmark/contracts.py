@@ -10,8 +10,8 @@ if TYPE_CHECKING:
     from torch import nn
 
     from shiftproof.benchmark.context import RunContext
-    from shiftproof.benchmark.executors import Executor
     from shiftproof.benchmark.metrics import CellScores
+    from shiftproof.benchmark.running.executors import Executor
     from shiftproof.benchmark.streams import Stream, Tier
 
 E_contra = TypeVar("E_contra", contravariant=True)

@@ -57,7 +57,8 @@ class ArrayData:
 
     def inputs(self, index: Tensor | slice) -> Tensor:
         """(B, ...) float32 inputs at `index`, a copy that may be altered; uint8 is scaled to [0, 1]."""
-        chosen = self.x[index]  # a slice is a view of what is stored
+        # A slice is a view of what is stored.
+        chosen = self.x[index] if isinstance(index, slice) else self.x.index_select(0, index)
         return as_float(chosen) if chosen.dtype == torch.uint8 or not isinstance(index, slice) else chosen.clone()
 
     def sha256(self) -> str:

@@ -52,14 +52,18 @@ class Model(nn.Module):
         if isinstance(task, int):
             logits: Tensor = self.head(task)(features)
             return logits
-        present = task.unique()  # only these heads take part, so that no other head receives a gradient
+        # Only heads that are present take part, so that no other head receives a gradient; one product serves them all.
+        present, position = task.unique(return_inverse=True)
         if len(present) == 1:
             return self.classify(features, int(present))
-        heads = [self.head(int(one)) for one in present]
-        widest = max(head.out_features for head in heads)
-        logits = torch.stack([_padded(head(features), widest) for head in heads], dim=1)  # (B, heads, C)
-        position = torch.searchsorted(present, task)
-        return logits[torch.arange(len(task), device=task.device), position]
+        heads = [self.head(one) for one in present.tolist()]
+        weight, bias = torch.cat([head.weight for head in heads]), torch.cat([head.bias for head in heads])
+        every = nn.functional.linear(features, weight, bias)  # (B, classes of all heads present)
+        widths = [head.out_features for head in heads]
+        if min(widths) < max(widths):
+            every = torch.cat([_padded(part, max(widths)) for part in every.split(widths, dim=1)], dim=1)
+        own = position[:, None, None].expand(-1, 1, max(widths))
+        return every.view(len(task), len(heads), -1).gather(1, own).squeeze(1)  # backwards quicker than indexing
 
     def forward(self, x: Tensor, task: int | Tensor) -> Tensor:
         """(B, C) logits of (B, ...) inputs; `task` is one task id or (B,) int64."""

@@ -15,7 +15,7 @@ from shiftproof.benchmark.errors import InputError, OutputError
 
 SCHEMA_VERSION = "1.0.0"
 MEND = "restore it or delete it and run again"
-PROTOCOL_VERSION = 1  # raised whenever the harness changes a result; tests/benchmark/test_protocol.py guards it
+PROTOCOL_VERSION = 2  # raised whenever the harness changes a result; tests/benchmark/test_protocol.py guards it
 
 
 @dataclass(frozen=True)

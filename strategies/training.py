@@ -20,7 +20,7 @@ C = TypeVar("C")
 
 State = dict[str, Any]
 
-_TRANSIENT = frozenset({"config", "context", "experience", "_optimizer", "_constructed"})
+_TRANSIENT = frozenset({"config", "context", "experience", "_optimizer", "_updated", "_constructed"})
 
 
 class TrainingStrategy(ABC, Generic[C]):
@@ -49,6 +49,7 @@ class TrainingStrategy(ABC, Generic[C]):
         self._loss_sum = torch.zeros((), device=context.device)
         self._order = torch.zeros(0, dtype=torch.int64)  # of this epoch
         self._optimizer: torch.optim.Optimizer | None = None
+        self._updated: list[nn.Parameter] = []  # what the optimizer holds
         self._constructed: frozenset[str] | None = None
 
     @abstractmethod
@@ -105,7 +106,7 @@ class TrainingStrategy(ABC, Generic[C]):
 
     def stored(self, batch: Batch) -> Tensor:
         """(B, ...) inputs of a batch as the experience stores them, before augmentation: what goes into a buffer."""
-        return self.experience.train.x[batch.index.cpu()]
+        return self.experience.train.x.index_select(0, batch.index.cpu())
 
     def replayed(self, memory: Memory, purpose: str = "replay") -> Batch:
         """What a buffer gave as a batch, augmented as the recipe says; `index` is the slot of the buffer."""
@@ -126,7 +127,7 @@ class TrainingStrategy(ABC, Generic[C]):
                 self.epoch = self.step = 0
                 self.before_experience(experience)
                 self._learning = True
-                self._optimizer = make_optimizer(self.recipe, list(self.parameters()))
+                self._prepare_optimizer()
             for epoch in range(self.epoch, self.recipe.epochs):
                 self._learn_epoch(experience, epoch)
             self._learning = False
@@ -176,7 +177,7 @@ class TrainingStrategy(ABC, Generic[C]):
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         if self.recipe.clip_norm:
-            nn.utils.clip_grad_norm_(self.parameters(), self.recipe.clip_norm)
+            nn.utils.clip_grad_norm_(self._updated, self.recipe.clip_norm)
         optimizer.step()
         self._loss_sum += loss.detach()
         self.context.cost.optimizer_steps += 1
@@ -212,8 +213,12 @@ class TrainingStrategy(ABC, Generic[C]):
             else:
                 setattr(self, name, decode(name, tagged, getattr(self, name, None), self.context))
         if state["optimizer"] is not None:
-            self._optimizer = make_optimizer(self.recipe, list(self.parameters()))
-            self._optimizer.load_state_dict(state["optimizer"])
+            self._prepare_optimizer().load_state_dict(state["optimizer"])
+
+    def _prepare_optimizer(self) -> torch.optim.Optimizer:
+        self._updated = list(self.parameters())
+        self._optimizer = make_optimizer(self.recipe, self._updated)
+        return self._optimizer
 
     def _objects(self) -> Iterator[str]:
         for name, value in vars(self).items():

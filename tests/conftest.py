@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from shiftproof.benchmark.catalogue import read_catalogue
+from shiftproof.benchmark.registry.catalogue import read_catalogue
 
 if TYPE_CHECKING:
-    from shiftproof.benchmark.matrix import Plan
     from shiftproof.benchmark.records import RunRecord
-    from shiftproof.benchmark.registry import Registry
+    from shiftproof.benchmark.registry.lookup import Registry
+    from shiftproof.benchmark.running.matrix import Plan
 
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 TOYS = Path(__file__).parent / "toys.py"
@@ -47,7 +47,7 @@ def _alone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 @pytest.fixture(scope="session")
 def registry() -> Registry:
     """Built-in strategies, and the toys of `tests/toys.py`."""
-    from shiftproof.benchmark.registry import load_registry
+    from shiftproof.benchmark.registry.lookup import load_registry
 
     return load_registry(("fine-tuning", "rehearsal", "group-labels"), [TOYS])
 
@@ -56,7 +56,7 @@ def registry() -> Registry:
 def plan_of(registry: Registry) -> Callable[..., Plan]:
     """`plan_of("toy,plain", "k=v", ..., streams="tiny", seeds=(0,))`: the cells of a suite that is made for the test."""
     from shiftproof.benchmark.contracts import SuiteSpec
-    from shiftproof.benchmark.matrix import plan
+    from shiftproof.benchmark.running.matrix import plan
 
     def make(strategies: str, *overrides: str, streams: str = "tiny", seeds: Sequence[int] = (0,), **suite: Any) -> Plan:
         names = tuple(streams.split(",")), tuple(strategies.split(","))
@@ -68,7 +68,7 @@ def plan_of(registry: Registry) -> Callable[..., Plan]:
 @pytest.fixture
 def run(registry: Registry, plan_of: Callable[..., Plan], tmp_path: Path) -> Callable[..., RunRecord]:
     """`run("toy", "k=v", ...)`: the record of the one cell that those arguments of `plan_of` give."""
-    from shiftproof.benchmark.runner import run_cell
+    from shiftproof.benchmark.running.runner import run_cell
 
     def make(*arguments: str, out: Path | None = None, **facts: Any) -> RunRecord:
         (cell,) = plan_of(*arguments, **facts).cells

@@ -12,8 +12,8 @@ from shiftproof.benchmark import ArrayData, DataExperience, GroupedExperience, R
 from shiftproof.benchmark.cache import Cache
 from shiftproof.benchmark.conformance import check_strategy, planted_stream
 from shiftproof.benchmark.records import RunRequest
-from shiftproof.benchmark.registry import load_registry
-from shiftproof.benchmark.runner import identify, run_cell
+from shiftproof.benchmark.registry.lookup import load_registry
+from shiftproof.benchmark.running.runner import identify, run_cell
 
 REGISTRY = load_registry()
 LEARNERS = [name for name, spec in REGISTRY.strategies.items() if issubclass(spec.consumes, DataExperience)]

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from shiftproof.benchmark import hookspecs
-from shiftproof.benchmark.loading import HOOKS
-from shiftproof.benchmark.registry import Registry, load_registry
+from shiftproof.benchmark.registry.loading import HOOKS
+from shiftproof.benchmark.registry.lookup import Registry, load_registry
 
 ROOT = Path(__file__).parent.parent
 

@@ -105,7 +105,7 @@ def test_type_checkers_see_the_rooms_through_links() -> None:
 @pytest.mark.parametrize("name", ["lws", "clusterfix", "bpa"])
 def test_a_built_in_copied_out_of_the_repository_still_works(name: str, tmp_path: Path) -> None:
     from shiftproof.benchmark.conformance import check_strategy
-    from shiftproof.benchmark.registry import load_registry
+    from shiftproof.benchmark.registry.lookup import load_registry
 
     copy = tmp_path / f"my_{name}.py"
     shutil.copy(ROOT / "plugins" / f"{name}.py", copy)

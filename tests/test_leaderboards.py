@@ -4,8 +4,8 @@ from pathlib import Path
 
 from jsonschema import Draft202012Validator  # type: ignore[import-untyped]
 
-from shiftproof.benchmark.leaderboard import check_board, read_board, record_texts
-from shiftproof.benchmark.verification import schema
+from shiftproof.benchmark.boards.leaderboard import check_board, read_board, record_texts
+from shiftproof.benchmark.boards.verification import schema
 
 FOLDER = Path(__file__).parent.parent / "leaderboards"
 

@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
-from shiftproof.benchmark.matrix import Plan
 from shiftproof.benchmark.records import RecordStore
-from shiftproof.benchmark.registry import Registry
-from shiftproof.benchmark.runner import run_cell
+from shiftproof.benchmark.registry.lookup import Registry
+from shiftproof.benchmark.running.matrix import Plan
+from shiftproof.benchmark.running.runner import run_cell
 
 OVERRIDES = ("recipe.epochs=6", "recipe.batch_size=8", "stream.samples=64")  # 96 steps, with a checkpoint after each
 
@@ -29,8 +29,8 @@ import torch
 torch.set_num_threads(1)
 torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))]).step()  # imports half of torch, which the forks need not repeat
 from shiftproof.benchmark.contracts import SuiteSpec
-from shiftproof.benchmark.matrix import RunOptions, plan, run_plan
-from shiftproof.benchmark.registry import load_registry
+from shiftproof.benchmark.running.matrix import RunOptions, plan, run_plan
+from shiftproof.benchmark.registry.lookup import load_registry
 
 folder, toys, strategies, kills, *overrides = sys.argv[1:]
 plugins = ("rehearsal",)

@@ -12,7 +12,7 @@ import pytest
 
 from shiftproof.benchmark.codehash import code_sha256, module_of, plugin_sha256
 from shiftproof.benchmark.errors import InputError
-from shiftproof.benchmark.loading import load_file
+from shiftproof.benchmark.registry.loading import load_file
 
 STRATEGY = '''
 """A method."""

@@ -14,7 +14,7 @@ import torch
 from shiftproof.benchmark import DataExperience, ExpertExperience, GroupedExperience, JointExperience, Stream
 from shiftproof.benchmark.errors import ContractError
 from shiftproof.benchmark.lifting import lift, obstacle
-from shiftproof.benchmark.registry import Registry
+from shiftproof.benchmark.registry.lookup import Registry
 
 
 @pytest.fixture

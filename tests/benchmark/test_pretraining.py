@@ -17,7 +17,7 @@ from shiftproof.benchmark.backbones import SmallConvNet
 from shiftproof.benchmark.cache import Cache
 from shiftproof.benchmark.errors import InputError, NotFiniteError
 from shiftproof.benchmark.pretraining import barlow_twins, base_weights, random_view, redundancy_loss
-from shiftproof.benchmark.registry import Registry
+from shiftproof.benchmark.registry.lookup import Registry
 
 CPU = torch.device("cpu")
 RECIPE = BaseRecipe("digits-cnn", kind="barlow-twins", epochs=15, batch_size=32, dim=16)

@@ -19,10 +19,10 @@ import pytest
 import torch
 
 from shiftproof.benchmark.contracts import SuiteSpec
-from shiftproof.benchmark.matrix import plan
 from shiftproof.benchmark.records import PROTOCOL_VERSION, write_atomically
-from shiftproof.benchmark.registry import load_registry
-from shiftproof.benchmark.runner import run_cell
+from shiftproof.benchmark.registry.lookup import load_registry
+from shiftproof.benchmark.running.matrix import plan
+from shiftproof.benchmark.running.runner import run_cell
 
 COMMITTED = Path(__file__).with_name("protocol.json")
 OVERRIDES = ("recipe.epochs=1", "base.kind=random")

@@ -63,7 +63,7 @@ def test_a_message_keeps_the_last_part_of_every_absolute_path(text: str, expecte
 
 
 def test_a_block_says_what_ran_where_with_what_and_nothing_about_who() -> None:
-    block = Provenance("shiftproof.benchmark.runner", "shiftproof run quick").block(2, [0, 3])
+    block = Provenance("shiftproof.benchmark.running.runner", "shiftproof run quick").block(2, [0, 3])
     assert block["packages"]["torch"] == version("torch")
     assert block["packages"]["shiftproof"] == version("shiftproof")
     assert block["python"] == platform.python_version()

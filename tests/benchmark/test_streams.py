@@ -21,7 +21,7 @@ from shiftproof.benchmark import (
     Stream,
     sequential,
 )
-from shiftproof.benchmark.registry import Registry
+from shiftproof.benchmark.registry.lookup import Registry
 
 
 @pytest.fixture

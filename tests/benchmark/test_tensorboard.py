@@ -10,10 +10,10 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # type: ignore[import-untyped]
 
 from shiftproof.benchmark import tensorboard
-from shiftproof.benchmark.discovery import Entry
-from shiftproof.benchmark.loading import Loaded, load_entry
 from shiftproof.benchmark.records import RunRecord
-from shiftproof.benchmark.registry import Registry
+from shiftproof.benchmark.registry.discovery import Entry
+from shiftproof.benchmark.registry.loading import Loaded, load_entry
+from shiftproof.benchmark.registry.lookup import Registry
 
 
 @pytest.fixture

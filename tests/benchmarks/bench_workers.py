@@ -13,9 +13,9 @@ from pathlib import Path
 
 from shiftproof.benchmark.cache import Cache
 from shiftproof.benchmark.contracts import SuiteSpec
-from shiftproof.benchmark.matrix import RunOptions, plan, run_plan
-from shiftproof.benchmark.registry import load_registry
-from shiftproof.benchmark.runner import run_cell
+from shiftproof.benchmark.registry.lookup import load_registry
+from shiftproof.benchmark.running.matrix import RunOptions, plan, run_plan
+from shiftproof.benchmark.running.runner import run_cell
 
 SUITE = SuiteSpec("workers", "sgd with eight seeds", ("b-digits",), ("sgd",), seeds=tuple(range(8)))
 TARGET = 1.7

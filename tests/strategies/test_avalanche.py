@@ -40,14 +40,14 @@ from shiftproof.benchmark.backbones import SmallConvNet
 from shiftproof.benchmark.cache import Cache
 from shiftproof.benchmark.context import Cost
 from shiftproof.benchmark.contracts import Resumable
-from shiftproof.benchmark.discovery import Entry
 from shiftproof.benchmark.errors import NotFiniteError
 from shiftproof.benchmark.evaluation import evaluate
 from shiftproof.benchmark.experiences import StateDict
-from shiftproof.benchmark.loading import load_entry
 from shiftproof.benchmark.records import RunRecord, RunRequest
-from shiftproof.benchmark.registry import Registry
-from shiftproof.benchmark.runner import build_stream, make_cell, run_cell
+from shiftproof.benchmark.registry.discovery import Entry
+from shiftproof.benchmark.registry.loading import load_entry
+from shiftproof.benchmark.registry.lookup import Registry
+from shiftproof.benchmark.running.runner import build_stream, make_cell, run_cell
 from shiftproof.datasets.digits import BiasedDigitsConfig, DigitsConfig, biased_digits, biased_experience, split_digits
 from shiftproof.strategies import LossBinnedBuffer
 from shiftproof.strategies.avalanche import (

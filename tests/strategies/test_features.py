@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from shiftproof.benchmark import ArrayData, DataExperience, JointExperience, Model, Recipe, RunContext, Stream
 from shiftproof.benchmark.backbones import SmallConvNet
 from shiftproof.benchmark.cache import Cache
-from shiftproof.benchmark.registry import Registry
+from shiftproof.benchmark.registry.lookup import Registry
 from shiftproof.strategies import extract_features
 from shiftproof.strategies.training import TrainingStrategy
 

@@ -20,7 +20,7 @@ from shiftproof.benchmark.cache import Cache
 from shiftproof.benchmark.context import Checkpointer
 from shiftproof.benchmark.contracts import Resumable, State
 from shiftproof.benchmark.errors import NotFiniteError
-from shiftproof.benchmark.registry import Registry
+from shiftproof.benchmark.registry.lookup import Registry
 from shiftproof.strategies import Heads, ReservoirBuffer, TrainingStrategy, augment
 from shiftproof.strategies.training import learning_rate, make_optimizer
 

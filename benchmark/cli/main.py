@@ -1,0 +1,109 @@
+"""The command `shiftproof`. Each room of commands is a module beside this one; nothing here imports torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperCommand, TyperGroup
+
+from shiftproof.benchmark.cli import board, facts, run, tools
+from shiftproof.benchmark.errors import InputError
+
+# Typer exports of its usage errors only this one; the parent covers unknown options and commands too.
+_UsageError: type[Exception] = typer.BadParameter.__mro__[1]
+
+
+class _AsTyped:
+    """In place of what Typer makes of a parameter's type."""
+
+    def coerce(self, value: Any, param: Any, ctx: Any) -> Any:
+        return value
+
+
+def _light(params: list[Any]) -> list[Any]:
+    """Spare strings and flags the models of pydantic, whose import is a third of the time in which `list` must answer."""
+    for param in params:
+        param._runtime_param = _AsTyped()  # a Typer without this attribute is slower and does the same
+    return params
+
+
+class LightCommand(TyperCommand):
+    """A command whose parameters are strings and flags."""
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        """The parameters."""
+        return _light(super().get_params(ctx))
+
+
+class OneLineErrors(TyperGroup):
+    """Turns whatever a user can mend into one line on standard error and exit code 2."""
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        """The options before the command, all of them flags."""
+        return _light(super().get_params(ctx))
+
+    def make_context(self, *args: Any, **kwargs: Any) -> Any:
+        """Read the options before the command."""
+        with _one_line(None):
+            return super().make_context(*args, **kwargs)
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command."""
+        with _one_line(ctx):
+            return super().invoke(ctx)
+
+
+@contextmanager
+def _one_line(ctx: Any) -> Iterator[None]:
+    try:
+        yield
+    except InputError as error:
+        if ctx is not None and ctx.params.get("debug"):
+            raise
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(2) from error
+    except KeyboardInterrupt as error:
+        typer.echo("stopped; finished cells are kept, the same command goes on from here", err=True)
+        raise typer.Exit(130) from error
+    except _UsageError as error:
+        where = getattr(getattr(error, "ctx", None), "command_path", "shiftproof")
+        typer.echo(f"error: {error.format_message().rstrip('.')}; see {where} --help", err=True)  # type: ignore[attr-defined]
+        raise typer.Exit(2) from error
+
+
+# Plain help and plain tracebacks: rich ones cost half the time that `--help` may take.
+app = typer.Typer(name="shiftproof", cls=OneLineErrors, rich_markup_mode=None, pretty_exceptions_enable=False)
+
+
+@app.callback(invoke_without_command=True)
+def options(
+    ctx: typer.Context,
+    debug: Annotated[bool, typer.Option("--debug", help="Print the traceback of an error.")] = False,
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    """Benchmark suite for learning strategies that must hold up when data shifts."""
+    if version:
+        from importlib.metadata import version as installed_version
+
+        typer.echo(f"shiftproof {installed_version('shiftproof')}")
+    elif ctx.invoked_subcommand is None:
+        typer.echo(ctx.get_help())
+
+
+app.command("run")(run.run)
+app.command("list", cls=LightCommand)(facts.list_names)
+app.command("show", cls=LightCommand)(facts.show)
+app.command("plugins", cls=LightCommand)(facts.plugins)
+app.command("new-strategy")(tools.new_strategy)
+app.command("check")(tools.check)
+app.command("doctor")(tools.doctor)
+app.add_typer(tools.data_app, name="data")
+app.add_typer(board.app, name="leaderboard")
+
+
+def main() -> None:
+    """The console script."""
+    app()

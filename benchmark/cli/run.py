@@ -1,0 +1,183 @@
+"""`shiftproof run`: plan a suite, run what is missing, print the board."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from shiftproof.benchmark.cli.console import catalogue
+from shiftproof.benchmark.cli.facts import suite_of
+from shiftproof.benchmark.cli.report import print_plan, report, show_progress
+from shiftproof.benchmark.contracts import SuiteSpec
+from shiftproof.benchmark.errors import InputError
+from shiftproof.benchmark.names import KINDS, did_you_mean, problems_hint, unknown
+from shiftproof.benchmark.registry.catalogue import Catalogue
+from shiftproof.benchmark.suites import check_seeds, read_suite
+
+if TYPE_CHECKING:
+    from shiftproof.benchmark.registry.lookup import Registry
+
+DEVICES = ("auto", "cpu", "cuda")
+
+# Plugins with one of these hooks take part in every run, whatever its strategies and streams are.
+ALWAYS = (
+    "shiftproof_metrics",
+    "shiftproof_backbones",
+    "shiftproof_run_started",
+    "shiftproof_experience_learned",
+    "shiftproof_run_finished",
+)
+
+PluginFiles = Annotated[list[Path], typer.Option("--plugin", metavar="FILE.py", help="A loose plugin file; may be repeated.")]
+DataRoot = Annotated[
+    Path | None, typer.Option("--data-root", envvar="SHIFTPROOF_DATA", help="Folder with the data of streams that need files.")
+]
+
+
+def run(
+    suite: Annotated[str, typer.Argument(metavar="[SUITE|FILE.toml]", help="A suite, or a file with one.")] = "",
+    stream: Annotated[str, typer.Option(help="Streams instead of a suite: S or S,S2.")] = "",
+    strategy: Annotated[str, typer.Option(help="Their strategies: T[@PRESET] or T,T2.")] = "",
+    seeds: Annotated[str, typer.Option(help="Seeds instead of the suite's own, such as 0,1,2.")] = "",
+    overrides: Annotated[list[str], typer.Option("--set", metavar="SCOPE.KEY=VALUE", help="Set a knob; may be repeated.")] = [],  # noqa: B006
+    jobs: Annotated[int, typer.Option(help="Cells at a time.")] = 1,
+    executor: Annotated[str, typer.Option(help="How cells are run; `shiftproof list executors`.")] = "process",
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    out: Annotated[Path | None, typer.Option(help="Folder for records and board; runs/SUITE if not given.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the table of cells and start nothing.")] = False,
+    retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Run failed cells again.")] = False,
+    rerun: Annotated[bool, typer.Option("--rerun", help="Run finished cells again.")] = False,
+    plugin: PluginFiles = [],  # noqa: B006
+    data_root: DataRoot = None,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress bar.")] = False,
+) -> None:
+    """Run a suite, or streams with strategies; what is finished is kept, so the same command goes on after a stop."""
+    if jobs < 1:
+        raise InputError(f"expected --jobs of 1 or more, got {jobs}")
+    if device not in DEVICES:
+        raise InputError(f"expected --device as one of {', '.join(DEVICES)}, got {device!r}{did_you_mean(device, DEVICES)}")
+    known = catalogue()
+    spec = _chosen_suite(known, suite, stream, strategy, plugin)
+    if seeds:
+        spec = replace(spec, seeds=parse_seeds(seeds))
+    folder = out or Path("runs", spec.name)
+    registry = registry_for(known, names_of(spec, executor), plugin)
+
+    from shiftproof.benchmark import provenance  # torch, from here on
+    from shiftproof.benchmark.running import matrix
+
+    options = matrix.RunOptions(
+        folder,
+        executor,
+        jobs,
+        chosen_device(device),
+        str(data_root) if data_root else None,
+        retry_failed,
+        rerun,
+        command=provenance.command_line(["shiftproof", *sys.argv[1:]]),
+        entry_points=registry.only,
+        files=tuple(str(file) for file in registry.files),
+    )
+    plan = matrix.plan(registry, spec, overrides, options.device, options.data_root)
+    if dry_run:
+        print_plan(plan, matrix.states(plan, folder), rerun)
+        return
+    check_writable(folder)
+    with show_progress(quiet) as progress:
+        outcome = matrix.run_plan(plan, registry, options, progress)
+    report(plan, registry, options, outcome)
+
+
+def _chosen_suite(known: Catalogue, suite: str, stream: str, strategy: str, files: Sequence[Path]) -> SuiteSpec:
+    """The named suite, the one in a file, or one made of --stream and --strategy."""
+    if suite and (stream or strategy):
+        raise InputError(f"expected a suite or --stream with --strategy, got both: {suite!r} beside them; leave one out")
+    if suite.endswith(".toml"):
+        return read_suite(Path(suite))
+    if suite:
+        return _named_suite(known, suite, files)
+    if not stream or not strategy:
+        raise InputError(
+            "expected a suite, a TOML file, or --stream S with --strategy T, got none of them; "
+            "`shiftproof list suites` names the suites"
+        )
+    streams, strategies = _split(stream), _split(strategy)
+    return SuiteSpec("-".join(streams), f"{', '.join(strategies)} on {', '.join(streams)}", streams, strategies)
+
+
+def _named_suite(known: Catalogue, name: str, files: Sequence[Path]) -> SuiteSpec:
+    suites = known.items("suite")
+    if name in suites or not files:
+        return suite_of(known.item("suite", name))
+    from shiftproof.benchmark.registry.lookup import load_registry  # only a loose file can have it now
+
+    loose = load_registry((), files).suites
+    if name not in loose:
+        raise unknown("suite", name, {*suites, *loose}, problems_hint(known.broken))
+    return loose[name]
+
+
+def parse_seeds(text: str) -> tuple[int, ...]:
+    """Seeds from "0,1,2". Raises InputError for anything else."""
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() for part in parts):
+        raise InputError(f"expected --seeds as integers of 0 or more, got {text!r}; write for example 0,1,2")
+    return check_seeds([int(part) for part in parts], "--seeds")
+
+
+def _split(text: str) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
+
+
+def names_of(spec: SuiteSpec, executor: str) -> dict[str, list[str]]:
+    """What a run looks up, by kind."""
+    strategies = [label.partition("@")[0] for label in spec.strategies]
+    return {"strategy": strategies, "stream": list(spec.streams), "executor": [executor]}
+
+
+def registry_for(known: Catalogue, names: Mapping[str, Sequence[str]], files: Sequence[Path] = ()) -> Registry:
+    """A registry with the plugins that provide these names, those that take part in every run, and loose files.
+
+    Raises:
+        InputError: If a name is nowhere, with the nearest spelling among everything that is installed.
+    """
+    for kind, listed in names.items():
+        for name in listed if not files else ():
+            known.item(kind, name)
+    from shiftproof.benchmark.registry.lookup import load_registry  # imports the plugins, and they import torch
+
+    registry = load_registry(known.providers(names) | known.with_hook(ALWAYS), files)
+    problems = known.broken | {problem.name: problem.error for problem in registry.problems}
+    for kind, listed in names.items():
+        loaded = getattr(registry, KINDS[kind])
+        for name in listed:
+            if name not in loaded:
+                raise unknown(kind, name, {*loaded, *known.items(kind)}, problems_hint(problems))
+    for name in names.get("executor", ()):
+        if reason := registry.executors[name].unavailable:
+            raise InputError(f"expected an executor that can run here, got {name!r}: {reason}")
+    return registry
+
+
+def chosen_device(device: str) -> str:
+    """ "cpu" or "cuda"; auto takes the GPU where there is one. Raises InputError for cuda without one."""
+    import torch
+
+    has_gpu = torch.cuda.is_available()
+    if device == "cuda" and not has_gpu:
+        raise InputError("expected a CUDA device for --device cuda, got none on this machine; use --device auto or cpu")
+    return "cuda" if has_gpu and device != "cpu" else "cpu"
+
+
+def check_writable(folder: Path) -> None:
+    """Make the output folder before anything runs. Raises InputError if it cannot be written."""
+    from shiftproof.benchmark.records import write_atomically
+
+    probe = folder / ".writable"
+    write_atomically(probe, "")
+    probe.unlink()

@@ -1,0 +1,77 @@
+"""Cells: a request with everything it names looked up, and the identity of the run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from shiftproof.benchmark import codehash, config
+from shiftproof.benchmark.contracts import StrategySpec
+from shiftproof.benchmark.records import PROTOCOL_VERSION, SCHEMA_VERSION, RunRequest, sha256
+from shiftproof.benchmark.registry.lookup import Registry
+from shiftproof.benchmark.streams import Stream
+
+
+@dataclass(frozen=True, eq=False)
+class Cell:
+    """A request with everything it names looked up, and its identity."""
+
+    request: RunRequest
+    spec: StrategySpec[Any]
+    config: Any
+    stream: Stream
+    identity: dict[str, Any]
+    run_id: str
+
+
+def build_stream(registry: Registry, request: RunRequest, data_root: str | None = None) -> Stream:
+    """The stream with the request's knobs, recipe and base."""
+    spec = registry.stream(request.stream)
+    stream = spec.build(config.resolve(spec.config(), request.knobs, spec.name), data_root)
+    recipe = config.resolve(stream.recipe, request.recipe, "recipe")
+    if request.recipe_name:
+        recipe = replace(recipe, name=request.recipe_name)
+    base = config.resolve(stream.base, request.base, "base")
+    module = codehash.module_of(registry.backbone(base.backbone).build)
+    return replace(stream, recipe=recipe, base=base, backbone_sha256=codehash.plugin_sha256(module))
+
+
+def make_cell(registry: Registry, request: RunRequest, stream: Stream, device: str = "cpu") -> Cell:
+    """Look up the strategy and take the identity of the run.
+
+    Raises:
+        InputError: If a name or a knob is unknown or out of range.
+    """
+    spec, _, preset = registry.strategy(request.label)
+    resolved = config.resolve(preset, request.config, request.label)
+    stream_config = config.resolve(registry.stream(request.stream).config(), request.knobs, request.stream)
+    return identify(request, spec, resolved, stream, asdict(stream_config), device)
+
+
+def identify(
+    request: RunRequest, spec: StrategySpec[Any], resolved: Any, stream: Stream, knobs: Mapping[str, Any], device: str
+) -> Cell:
+    """A cell from its parts. The run id is the hash of what determines the result."""
+    identity = {
+        "schema": SCHEMA_VERSION,
+        "strategy": spec.name,
+        "config": asdict(resolved),
+        "code_sha256": codehash.code_sha256(codehash.module_of(spec.build), spec.config.__module__),
+        "stream": stream.name,
+        "stream_version": stream.version,
+        "knobs": dict(knobs),
+        "split_sha256": stream.split_sha256,
+        "data_sha256": stream.data_sha256,
+        "fold": request.fold,
+        "seed": request.seed,
+        "recipe": asdict(stream.recipe),
+        "base": {**asdict(stream.base), "file": Path(stream.base.file).name, "sha256": stream.base_sha256},
+        "device": torch.device(device).type,
+        "dtype": stream.recipe.precision,
+        "protocol_version": PROTOCOL_VERSION,
+    }
+    return Cell(request, spec, resolved, stream, identity, sha256(identity))

@@ -1,0 +1,129 @@
+"""Ways to run the cells of a matrix. Larger matrices go to an engine that exists, through the same hook."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+from shiftproof.benchmark.contracts import ExecutorSpec
+from shiftproof.benchmark.hookspecs import hookimpl
+
+if TYPE_CHECKING:
+    from shiftproof.benchmark.running.jobs import Job
+
+THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+
+
+@dataclass(frozen=True)
+class JobResult:
+    """How a cell ended. `busy`: another process holds it; `lost`: its worker died."""
+
+    run_id: str
+    status: Literal["finished", "failed", "busy", "lost"]
+
+
+class Executor(Protocol):
+    """Runs jobs in any order and yields a result for each."""
+
+    def run(self, jobs: Sequence[Job], workers: int) -> Iterator[JobResult]:
+        """Run every job with at most `workers` at a time."""
+        ...
+
+
+class InlineExecutor:
+    """One cell after another in this process: for debuggers."""
+
+    def run(self, jobs: Sequence[Job], workers: int) -> Iterator[JobResult]:
+        """Run the jobs in order; `workers` is not used."""
+        import torch
+
+        from shiftproof.benchmark.running.jobs import execute  # needs torch
+
+        threads = torch.get_num_threads()
+        try:
+            for job in jobs:
+                yield execute(job)
+        finally:
+            torch.set_num_threads(threads)
+
+
+class ProcessExecutor:
+    """Spawned workers with one torch thread each, and one GPU each where there are GPUs."""
+
+    def run(self, jobs: Sequence[Job], workers: int) -> Iterator[JobResult]:
+        """Run the jobs; a worker that dies takes only its own cell with it, the others go on in a new pool."""
+        waiting = list(jobs)
+        while waiting:
+            done: set[str] = set()
+            try:
+                for result in self._pool(waiting, workers):
+                    done.add(result.run_id)
+                    yield result
+            except BrokenProcessPool:
+                left = [job for job in waiting if job.run_id not in done]
+                # Nobody says which worker died: the cells that were under way are run again one at a time, then the rest.
+                for job in left[:workers]:
+                    yield self._alone(job)
+                waiting = left[workers:]
+            else:
+                return
+
+    def _alone(self, job: Job) -> JobResult:
+        try:
+            return next(iter(self._pool([job], 1)))
+        except BrokenProcessPool:
+            return JobResult(job.run_id, "lost")
+
+    def _pool(self, jobs: Sequence[Job], workers: int) -> Iterator[JobResult]:
+        from shiftproof.benchmark.running.jobs import execute, start_worker
+
+        if not jobs:
+            return
+        workers = min(workers, len(jobs))  # every worker is spawned at once, wanted or not
+        spawn = multiprocessing.get_context("spawn")
+        ranks = spawn.Value("i", 0)
+        with _one_thread(), ProcessPoolExecutor(workers, spawn, start_worker, (ranks,)) as pool:
+            pending: dict[Future[JobResult], Job] = {}
+            queue = iter(jobs)
+            try:
+                while True:
+                    # No more than the workers can take, so that a broken pool says which cells were under way.
+                    while len(pending) < workers and (job := next(queue, None)) is not None:
+                        pending[pool.submit(execute, job)] = job
+                    if not pending:
+                        return
+                    for future in wait(pending, return_when=FIRST_COMPLETED).done:
+                        del pending[future]
+                        yield future.result()
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+
+
+class _one_thread:
+    """Environment for spawned workers: numerical libraries read it when they are imported."""
+
+    def __enter__(self) -> None:
+        self.before: dict[str, Any] = {name: os.environ.get(name) for name in THREADS}
+        os.environ.update(dict.fromkeys(THREADS, "1"))
+
+    def __exit__(self, *exception: object) -> None:
+        for name, value in self.before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+@hookimpl
+def shiftproof_executors() -> list[ExecutorSpec]:
+    """The built-in executors."""
+    return [
+        ExecutorSpec("inline", InlineExecutor, "one cell after another in this process"),
+        ExecutorSpec("process", ProcessExecutor, "parallel cells in spawned workers, one thread each"),
+    ]
