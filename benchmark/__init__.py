@@ -36,6 +36,7 @@ if TYPE_CHECKING:
         Fold as Fold,
         Scenario as Scenario,
         Stream as Stream,
+        leave_one_domain_out as leave_one_domain_out,
         offline as offline,
         sequential as sequential,
     )
@@ -67,6 +68,7 @@ _HOME = {
     "Fold": "streams",
     "Scenario": "streams",
     "Stream": "streams",
+    "leave_one_domain_out": "streams",
     "offline": "streams",
     "sequential": "streams",
 }
@@ -97,6 +99,7 @@ __all__ = [
     "as_float",
     "evaluating",
     "hookimpl",
+    "leave_one_domain_out",
     "offline",
     "sequential",
 ]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
+
 import torch
 from torch import Tensor, nn
 
@@ -30,6 +32,89 @@ class SmallConvNet(nn.Module):
         """(B, D) features of (B, C, H, W) float32 in [0, 1]."""
         features: Tensor = self.layers(x - 0.5)
         return features
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention with one linear map for queries, keys and values, in that order along the output."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, N, D) to (B, N, D)."""
+        count, tokens, width = x.shape
+        q, k, v = self.qkv(x).view(count, tokens, 3, self.heads, -1).permute(2, 0, 3, 1, 4)  # (B, H, N, D / H) each
+        out = nn.functional.scaled_dot_product_attention(q, k, v)
+        mixed: Tensor = self.proj(out.transpose(1, 2).reshape(count, tokens, width))
+        return mixed
+
+
+class Block(nn.Module):
+    """A pre-norm Transformer block."""
+
+    def __init__(self, width: int, heads: int, hidden: int) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width)
+        self.attn = Attention(width, heads)
+        self.norm2 = nn.LayerNorm(width)
+        self.mlp = nn.Sequential(OrderedDict(fc1=nn.Linear(width, hidden), act=nn.GELU(), fc2=nn.Linear(hidden, width)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, N, D) to (B, N, D)."""
+        x = x + self.attn(self.norm1(x))
+        out: Tensor = x + self.mlp(self.norm2(x))
+        return out
+
+
+class SmallViT(nn.Module):
+    """A Vision Transformer for pictures of 16 pixels a side: patches of 4, class token, learned positions.
+
+    Args:
+        input_shape: (channels, height, width); height and width are divisible by 4.
+    """
+
+    def __init__(self, input_shape: tuple[int, ...], width: int = 64, depth: int = 3, heads: int = 4) -> None:
+        super().__init__()
+        channels, rows, columns = input_shape
+        self.patch_embed = nn.Conv2d(channels, width, 4, stride=4)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
+        self.pos_embed = nn.Parameter(torch.randn(1, 1 + (rows // 4) * (columns // 4), width) * 0.02)
+        self.blocks = nn.Sequential(*(Block(width, heads, 2 * width) for _ in range(depth)))
+        self.norm = nn.LayerNorm(width)
+        self.features = width
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, D) features of (B, C, H, W) float32 in [0, 1]."""
+        patches = self.patch_embed(2 * x - 1).flatten(2).transpose(1, 2)  # (B, N, D)
+        tokens = torch.cat([self.cls_token.expand(len(x), -1, -1), patches], dim=1) + self.pos_embed
+        features: Tensor = self.norm(self.blocks(tokens))[:, 0]
+        return features
+
+
+class SmallResNet(nn.Module):
+    """Three residual stages of one block each, 16, 32 and 64 maps, with batch normalization."""
+
+    def __init__(self, input_shape: tuple[int, ...]) -> None:
+        super().__init__()
+        from torchvision.models.resnet import BasicBlock, conv1x1  # half a second, only for those who use it
+
+        def stage(before: int, after: int) -> nn.Module:
+            shortcut = nn.Sequential(conv1x1(before, after, 2), nn.BatchNorm2d(after))
+            block: nn.Module = BasicBlock(before, after, 2, shortcut)
+            return block
+
+        self.stem = nn.Conv2d(input_shape[0], 16, 3, padding=1, bias=False)
+        self.norm = nn.BatchNorm2d(16)
+        self.stages = nn.Sequential(stage(16, 16), stage(16, 32), stage(32, 64))
+        self.features = 64
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, 64) features of (B, C, H, W) float32 in [0, 1]."""
+        maps: Tensor = self.stages(torch.relu(self.norm(self.stem(2 * x - 1))))
+        return maps.mean(dim=(2, 3))
 
 
 class ResNet18(nn.Module):
@@ -63,6 +148,18 @@ def shiftproof_backbones() -> list[BackboneSpec]:
             SmallConvNet,
             "three convolutions of stride 2, 8, 16 and 32 maps, no running statistics",
             "Springenberg et al., Striving for Simplicity, ICLR 2015 workshop, arXiv:1412.6806",
+        ),
+        BackboneSpec(
+            "digits-vit",
+            SmallViT,
+            "Vision Transformer of 3 blocks, width 64, 4 heads, patches of 4 pixels",
+            "Dosovitskiy et al., ICLR 2021, arXiv:2010.11929",
+        ),
+        BackboneSpec(
+            "digits-resnet",
+            SmallResNet,
+            "residual net of 3 blocks with batch normalization",
+            "He et al., CVPR 2016, arXiv:1512.03385",
         ),
         BackboneSpec(
             "resnet18", ResNet18, "ResNet-18 of torchvision without its classifier", "He et al., CVPR 2016, arXiv:1512.03385"

@@ -18,7 +18,7 @@ from shiftproof.benchmark.experiences import ArrayData, EvalSet, GroupedExperien
 from shiftproof.benchmark.recipes import BaseRecipe, Recipe
 from shiftproof.benchmark.records import RunRecord, RunRequest
 from shiftproof.benchmark.registry.lookup import Registry, load_registry
-from shiftproof.benchmark.running.runner import Cell, CellRun, identify, run_cell
+from shiftproof.benchmark.running.runner import Cell, CellRun, experts_of, identify, run_cell
 from shiftproof.benchmark.streams import Scenario, Stream, sequential
 
 SAMPLES = 64  # of each experience
@@ -110,7 +110,8 @@ class _Kit:
 
     def cell(self, stream: Stream, seed: int = 0) -> Cell:
         request = RunRequest(self.spec.name, stream.name, seed, preset=self.preset)
-        return identify(request, self.spec, self.config, stream, {}, "cpu")
+        experts = experts_of(self.registry, self.spec, stream)
+        return identify(request, self.spec, self.config, stream, {}, "cpu", experts)
 
     def run(self, stream: Stream, seed: int = 0) -> RunRecord:
         self.runs += 1

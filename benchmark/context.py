@@ -17,7 +17,7 @@ import torch
 from shiftproof.benchmark.cache import Cache
 from shiftproof.benchmark.contracts import State
 from shiftproof.benchmark.experiences import StateDict
-from shiftproof.benchmark.models import Model
+from shiftproof.benchmark.models import HEADS, Model
 from shiftproof.benchmark.recipes import Recipe
 
 CHECKPOINT_SECONDS = 30.0
@@ -31,6 +31,7 @@ class Cost:
     samples_seen: int = 0
     optimizer_steps: int = 0
     experts_trained: int = 0
+    experts_reused: int = 0  # out of the cache
 
 
 def derive_seed(seed: int, purpose: str, *position: int | str) -> int:
@@ -138,14 +139,24 @@ class RunContext:
         random.seed(seed)
 
     def new_model(self) -> Model:
-        """A copy of the stream's base with freshly initialized heads; every call in a run gives the same weights."""
+        """A copy of the stream's base with the heads it brings and others freshly initialized; every call gives the same."""
         if self._prototype is None:
             # Building a network draws from the global generators; only the heads' draw is kept.
             with self.global_rng("init"):
                 model, backbone = self._base()
-            model.backbone.load_state_dict(backbone)
+            heads = {name: tensor for name, tensor in backbone.items() if name.startswith(HEADS)}
+            model.backbone.load_state_dict({name: tensor for name, tensor in backbone.items() if name not in heads})
+            model.load_state_dict(heads, strict=False)
             self._prototype = model.to(self.device)
         return deepcopy(self._prototype)
+
+    def child(self, purpose: str) -> RunContext:
+        """A context with the same base and generators of its own, which depend on seed and purpose; it has no checkpoints."""
+        self.new_model()
+        seed = derive_seed(self.seed, purpose)
+        child = RunContext(seed, self.recipe, self._base, self.base_sha256, self.cache, self.workdir, self.device)
+        child._prototype = self._prototype
+        return child
 
     def tick(self, state: Callable[[], State]) -> None:
         """Offer a moment at which the strategy can be checkpointed; costs a clock reading."""

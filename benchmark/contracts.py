@@ -61,6 +61,8 @@ class StrategySpec(Generic[C]):
         uses_bias_knowledge: It alters what the bias lives in (colour, say); ranked apart like group labels.
         needs_data: A merge or transport that looks at data.
         unavailable: Why it cannot run here (a missing extra); empty if it can.
+        uses_target: Where a domain is held out it learns that domain's own training set: an upper bound, never ranked.
+        data_knob: Name of a boolean field of the config that makes it look at data; "" = none.
     """
 
     name: str
@@ -73,6 +75,8 @@ class StrategySpec(Generic[C]):
     uses_bias_knowledge: bool = False
     needs_data: bool = False
     unavailable: str = ""
+    uses_target: bool = False
+    data_knob: str = ""
 
 
 @dataclass(frozen=True)
@@ -139,5 +143,7 @@ class ExecutorSpec:
     description: str
     unavailable: str = ""
 
+
+EXPERT_TRAINER = "sgd"  # the strategy that fine-tunes the base where a stream of data becomes one of experts
 
 Strategies = Sequence[StrategySpec[Any]]

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, NoReturn
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from shiftproof.benchmark.errors import ContractError
+from shiftproof.benchmark.models import Model
 
 StateDict = dict[str, Tensor]
 
@@ -142,22 +143,29 @@ class ExpertExperience:
         expert: The model after it.
         shared: Names of the tensors that all experts of the stream have in common; only these are merged.
         data: The training data, for strategies that declare `needs_data`.
+        has_zero_shot_head: The base brings heads that answer before anything was learned.
     """
 
     index: int
     name: str
     task: int
-    base: nn.Module
-    expert: nn.Module
+    base: Model
+    expert: Model
     shared: frozenset[str]
     data: DataExperience | None = None
+    has_zero_shot_head: bool = False
+
+    @property
+    def private(self) -> frozenset[str]:
+        """Names of the tensors that belong to this task alone: its head, unless all experts share it."""
+        return self.expert.head_keys(self.task) - self.shared
 
 
 @dataclass(frozen=True, eq=False)
 class TransportExperience(ExpertExperience):
     """A task vector on one release, and the release it should go to."""
 
-    target_base: nn.Module | None = None
+    target_base: Model | None = None
 
 
 Experience = DataExperience | ExpertExperience

@@ -2,11 +2,25 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import hashlib
+from collections.abc import Sequence
+from dataclasses import asdict, replace
 from typing import Any
 
-from shiftproof.benchmark.contracts import StrategySpec
-from shiftproof.benchmark.experiences import DataExperience, Experience, GroupedExperience, JointExperience
+import torch
+
+from shiftproof.benchmark.context import RunContext
+from shiftproof.benchmark.contracts import EXPERT_TRAINER as EXPERT_TRAINER, StrategySpec
+from shiftproof.benchmark.experiences import (
+    DataExperience,
+    Experience,
+    ExpertExperience,
+    GroupedExperience,
+    JointExperience,
+    StateDict,
+)
+from shiftproof.benchmark.models import HEADS, Model
+from shiftproof.benchmark.records import PROTOCOL_VERSION
 from shiftproof.benchmark.streams import Fold, Stream
 
 
@@ -23,16 +37,104 @@ def obstacle(spec: StrategySpec[Any], stream: Stream) -> str:
         if spec.uses_group_labels and issubclass(spec.consumes, JointExperience):
             return "needs group labels, the union of a stream's experiences has none"
         return ""
-    if all(issubclass(kind, spec.consumes) for kind in found):
+    if is_lifted(spec, stream) or all(issubclass(kind, spec.consumes) for kind in found):
         return ""
     return f"consumes {spec.consumes.__name__}, the stream yields {', '.join(sorted(kind.__name__ for kind in found))}"
 
 
+def is_lifted(spec: StrategySpec[Any], stream: Stream) -> bool:
+    """True where the strategy consumes experts and the stream has data to fine-tune them on."""
+    kinds = [type(experience) for fold in stream.folds for experience in fold.train]
+    return spec.consumes is ExpertExperience and all(issubclass(kind, DataExperience) for kind in kinds)
+
+
 def lift(spec: StrategySpec[Any], fold: Fold) -> tuple[Experience, ...]:
-    """The fold's experiences as the strategy may see them: one union for `joint`, without groups or data unless declared."""
+    """The fold's experiences as the strategy may see them: one union for `joint`, without groups or data unless declared.
+
+    What a strategy that consumes experts is given as data here is what its experts are fine-tuned on.
+    """
     if issubclass(spec.consumes, JointExperience):
         return (fold.joint(),)
+    if spec.uses_target and fold.target is not None:
+        return (_ungrouped(spec, fold.target),)
     return tuple(_visible(spec, experience) for experience in fold.train)
+
+
+def expert_for(
+    experience: DataExperience, fold: Fold, stream: Stream, trainer: StrategySpec[Any], code_sha256: str, context: RunContext
+) -> ExpertExperience:
+    """The base fine-tuned on one experience with the stream's recipe, out of the cache where it was fine-tuned before.
+
+    The expert depends on base, data, recipe, seed and name of the experience, not on its position or its fold.
+
+    Args:
+        trainer: The strategy that fine-tunes.
+        code_sha256: Hash of its code.
+    """
+    base = context.new_model()
+    alone = DataExperience(0, experience.name, experience.task, experience.train)
+    key = {
+        "base": state_sha256(base.state_dict()),
+        "data": experience.train.sha256(),
+        "name": experience.name,
+        "task": experience.task,
+        "recipe": {name: value for name, value in asdict(stream.recipe).items() if name != "name"},
+        "frozen_heads": stream.frozen_heads,
+        "seed": context.seed,
+        "trainer": code_sha256,
+        "device": context.device.type,
+        "torch": torch.__version__,
+        "protocol": PROTOCOL_VERSION,
+    }
+    child = context.child(f"expert/{experience.name}")
+
+    def make() -> StateDict:
+        strategy = trainer.build(trainer.config(), child)
+        with child.global_rng("expert"):
+            strategy.learn(alone)
+        return strategy.model().state_dict()
+
+    made = context.cache.made["expert"]
+    weights = context.cache.tensors("expert", key, make)
+    if context.cache.made["expert"] > made:
+        context.cost.experts_trained += 1
+        context.cost.optimizer_steps += child.cost.optimizer_steps
+        context.cost.samples_seen += child.cost.samples_seen
+    else:
+        context.cost.experts_reused += 1
+    expert = context.new_model()
+    expert.load_state_dict(weights)
+    shared = shared_names(base, [one.task for one in fold.train])
+    has_head = stream.base.kind == "supervised"
+    return ExpertExperience(experience.index, experience.name, experience.task, base, expert, shared, experience, has_head)
+
+
+def shared_names(model: Model, tasks: Sequence[int]) -> frozenset[str]:
+    """What all experts have in common: the backbone, and the head where all experiences have one task id."""
+    names = {name for name in model.state_dict() if not name.startswith(HEADS)}
+    return frozenset(names | model.head_keys(tasks[0]) if len(set(tasks)) == 1 and len(tasks) > 1 else names)
+
+
+def state_sha256(state: StateDict) -> str:
+    """Hash over names, dtypes, shapes and bytes."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(state.items()):
+        digest.update(f"{name}/{tensor.dtype}/{tuple(tensor.shape)}".encode())
+        # As bytes, because numpy has no bfloat16.
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def visible_expert(spec: StrategySpec[Any], config: Any, experience: Experience) -> Experience:
+    """An expert as the strategy may see it: without its data unless it declares that it needs them."""
+    if isinstance(experience, DataExperience) or needs_data(spec, config):
+        return experience
+    return replace(experience, data=None)
+
+
+def needs_data(spec: StrategySpec[Any], config: Any) -> bool:
+    """Whether a strategy with this config looks at data."""
+    return spec.needs_data or bool(spec.data_knob and getattr(config, spec.data_knob))
 
 
 def _visible(spec: StrategySpec[Any], experience: Experience) -> Experience:
@@ -40,7 +142,7 @@ def _visible(spec: StrategySpec[Any], experience: Experience) -> Experience:
         return _ungrouped(spec, experience)
     if experience.data is None:
         return experience
-    return replace(experience, data=_ungrouped(spec, experience.data) if spec.needs_data else None)
+    return replace(experience, data=_ungrouped(spec, experience.data) if spec.needs_data or spec.data_knob else None)
 
 
 def _ungrouped(spec: StrategySpec[Any], experience: DataExperience) -> DataExperience:

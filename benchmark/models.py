@@ -7,6 +7,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+HEADS = "heads."  # what names of heads in a state dict begin with
+
 
 class Model(nn.Module):
     """Features of the backbone, then the linear head of each sample's task.

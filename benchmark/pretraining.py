@@ -15,7 +15,8 @@ from torch.nn import functional as F
 from shiftproof.benchmark.cache import Cache
 from shiftproof.benchmark.context import derive_seed
 from shiftproof.benchmark.errors import InputError, NotFiniteError
-from shiftproof.benchmark.experiences import StateDict, as_float
+from shiftproof.benchmark.experiences import ArrayData, StateDict, as_float
+from shiftproof.benchmark.models import HEADS, Model
 from shiftproof.benchmark.recipes import BaseRecipe
 from shiftproof.benchmark.records import PROTOCOL_VERSION
 
@@ -27,16 +28,18 @@ def base_weights(
     cache: Cache,
     sha256: str,
     device: torch.device,
+    labelled: ArrayData | None = None,
 ) -> StateDict:
-    """The backbone's state dict as the recipe makes it.
+    """The backbone's state dict as the recipe makes it; a supervised base brings the head of task 0 as "heads.0.*".
 
     Args:
         build: Makes the backbone, drawing its weights from torch's global generator.
         inputs: The stream's training inputs, (N, C, H, W) each; only self-supervised bases look at them.
         sha256: Identity of the base, the key in the cache.
+        labelled: What a supervised base learns from, and nothing else of the stream does.
 
     Raises:
-        InputError: If a file is missing or does not fit the backbone.
+        InputError: If a file is missing or does not fit the backbone, or a supervised base has nothing to learn from.
     """
     if recipe.kind == "file":
         return read_base(Path(recipe.file), build())
@@ -50,8 +53,14 @@ def base_weights(
     def make() -> StateDict:
         # A backbone with dropout draws from the global generators.
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            torch.manual_seed(derive_seed(recipe.seed, "barlow-twins"))
-            return barlow_twins(recipe, backbone, inputs, device)
+            torch.manual_seed(derive_seed(recipe.seed, recipe.kind))
+            if recipe.kind == "barlow-twins":
+                return barlow_twins(recipe, backbone, inputs, device)
+            if labelled is None:
+                raise InputError(
+                    "base: expected labelled data for a supervised base, got a stream without; choose another kind"
+                )
+            return supervised(recipe, backbone, labelled, device)
 
     return cache.tensors("base", key, make)
 
@@ -88,7 +97,55 @@ def barlow_twins(recipe: BaseRecipe, backbone: nn.Module, inputs: Sequence[Tenso
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
-    weights = backbone.cpu().state_dict()
+    return _finite(backbone.cpu().state_dict(), recipe)
+
+
+def supervised(recipe: BaseRecipe, backbone: nn.Module, data: ArrayData, device: torch.device) -> StateDict:
+    """Pre-train with labels on views that move, scale, rotate, cut out, blur and change contrast and brightness.
+
+    Returns:
+        The backbone's state dict, and the head's as "heads.0.weight" and "heads.0.bias".
+
+    Raises:
+        NotFiniteError: If the weights end up NaN or infinite, which a lower learning rate cures.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive_seed(recipe.seed, "head"))
+        model = Model(backbone, {0: int(data.y.max()) + 1})
+    model.to(device).train()
+    optimizer = torch.optim.Adam(model.parameters(), lr=recipe.lr)
+    batches = len(data) // recipe.batch_size or 1
+    for epoch in range(recipe.epochs):
+        generator = torch.Generator().manual_seed(derive_seed(recipe.seed, "supervised", epoch))
+        order = torch.randperm(len(data), generator=generator)
+        for step in range(batches):
+            progress = (epoch * batches + step) / (recipe.epochs * batches)
+            optimizer.param_groups[0]["lr"] = recipe.lr * (1 + math.cos(math.pi * progress)) / 2
+            index = order[step * recipe.batch_size : (step + 1) * recipe.batch_size]
+            x = random_light(random_view(data.inputs(index), generator), generator)
+            loss = F.cross_entropy(model(x.to(device), 0), data.y[index].to(device))
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+    model.cpu()
+    heads = {name: tensor for name, tensor in model.state_dict().items() if name.startswith(HEADS)}
+    return _finite({**backbone.state_dict(), **heads}, recipe)
+
+
+def random_light(x: Tensor, generator: torch.Generator) -> Tensor:
+    """Contrast (by 0.5 to 1.5) and brightness (by up to 0.2) of each of (B, C, H, W) images; a third of them is blurred."""
+
+    def uniform(low: float, high: float) -> Tensor:
+        return torch.rand(len(x), 1, 1, 1, generator=generator) * (high - low) + low
+
+    lit = (x - 0.5) * uniform(0.5, 1.5) + 0.5 + uniform(-0.2, 0.2)
+    line = torch.tensor([0.25, 0.5, 0.25])
+    kernel = (line[:, None] * line).expand(x.shape[1], 1, 3, 3)
+    blurred = F.conv2d(F.pad(lit, (1, 1, 1, 1), mode="replicate"), kernel, groups=x.shape[1])
+    return torch.where(uniform(0, 1) < 1 / 3, blurred, lit).clamp(0, 1)
+
+
+def _finite(weights: StateDict, recipe: BaseRecipe) -> StateDict:
     if not all(bool(tensor.isfinite().all()) for tensor in weights.values()):
         raise NotFiniteError(f"expected finite weights after pre-training, got NaN or infinity; lower base.lr, now {recipe.lr}")
     return weights

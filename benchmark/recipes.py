@@ -33,7 +33,7 @@ class BaseRecipe:
     """The model that every strategy of a stream starts from."""
 
     backbone: str  # a registered backbone
-    kind: Literal["random", "barlow-twins", "file"] = "random"
+    kind: Literal["random", "barlow-twins", "supervised", "file"] = "random"
     seed: Annotated[int, Ge(0)] = 0  # one base for all seeds of a stream, as with published pre-trained weights
     epochs: Annotated[int, Ge(1)] = 20
     batch_size: Annotated[int, Ge(2)] = 256  # thesis 4.3.1

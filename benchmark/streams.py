@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
 from functools import cached_property
 from pathlib import Path
@@ -43,11 +43,16 @@ class Scenario(StrEnum):
 
 @dataclass(frozen=True, eq=False)
 class Fold:
-    """What is learned in order, and what it is measured on."""
+    """What is learned in order, and what it is measured on.
+
+    Attributes:
+        target: Training set of a held-out domain; only strategies that declare `uses_target` learn it, in place of `train`.
+    """
 
     name: str
     train: tuple[Experience, ...]
     evals: tuple[EvalSet, ...]
+    target: DataExperience | None = None
 
     def __post_init__(self) -> None:
         for kind, parts in (("experiences", self.train), ("eval sets", self.evals)):
@@ -72,6 +77,8 @@ class Stream:
         evaluate: "each" after every experience, or "last" where the order means nothing.
         split_sha256: Hash of the frozen split; boards refuse to rank across it.
         backbone_sha256: Hash of the backbone's code where a plugin brings it; the harness sets it.
+        base_data: What only the base learns from; where there is none, a self-supervised base sees the training inputs.
+        frozen_heads: The heads are the base's and stay as they are, like class embeddings of a text tower.
     """
 
     name: str
@@ -88,6 +95,8 @@ class Stream:
     evaluate: Literal["each", "last"] = "each"
     selection: str = "last epoch, no validation data"
     backbone_sha256: str = ""
+    base_data: ArrayData | None = None
+    frozen_heads: bool = False
 
     def __post_init__(self) -> None:
         names = [fold.name for fold in self.folds]
@@ -107,7 +116,9 @@ class Stream:
         return tuple(self.unlabelled()[0].shape[1:])
 
     def unlabelled(self) -> tuple[torch.Tensor, ...]:
-        """The training inputs of every experience in order, for self-supervised bases."""
+        """Inputs for self-supervised bases: the base's own, or else the training inputs of every experience in order."""
+        if self.base_data is not None:
+            return (self.base_data.x,)
         return tuple(e.train.x for fold in self.folds for e in fold.train if isinstance(e, DataExperience))
 
     @cached_property
@@ -132,6 +143,8 @@ class Stream:
         recipe = {**asdict(self.base), "file": Path(self.base.file).name}
         digest = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode())
         digest.update(self.backbone_sha256.encode())
+        if self.base.kind == "supervised" and self.base_data is not None:
+            digest.update(self.base_data.sha256().encode())
         if self.base.kind == "barlow-twins":
             for x in self.unlabelled():
                 digest.update(f"{x.dtype}{tuple(x.shape)}".encode())
@@ -145,6 +158,24 @@ class Stream:
         train = {f"{f.name}/{e.name}": len(e.train) for f in self.folds for e in f.train if isinstance(e, DataExperience)}
         evaluation = {f"{f.name}/{e.name}": len(e.groups) for f in self.folds for e in f.evals}
         return {"train": train, "eval": evaluation}
+
+
+def leave_one_domain_out(domains: Sequence[DataExperience], evals: Sequence[EvalSet]) -> tuple[Fold, ...]:
+    """One fold a domain, named after it: all others are learned, and it is measured on.
+
+    Args:
+        domains: Training sets; their `index` is set to their position in each fold.
+        evals: The test set of each.
+    """
+    return tuple(
+        Fold(
+            target.name,
+            tuple(replace(one, index=i) for i, one in enumerate(o for o in domains if o is not target)),
+            (evaluation,),
+            target,
+        )
+        for target, evaluation in zip(domains, evals, strict=True)
+    )
 
 
 def sequential(train: Sequence[Experience], evals: Sequence[EvalSet]) -> tuple[Fold, ...]:

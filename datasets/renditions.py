@@ -83,6 +83,12 @@ class Renderer:
     noise: Array
     shift: int
 
+    def offset(self, row: int, index: Array) -> Array:
+        """(N, 2) int32, pixels down and to the right, within -shift..shift."""
+        # With 2 * shift + 1 much below 256 every offset is as likely as another to within 4 %.
+        offset: Array = (self.split.shift[row, index].astype(np.int32) * (2 * self.shift + 1) >> 8) - self.shift
+        return offset
+
     def draw(self, row: int, index: Array, ink: Array) -> Tensor:
         """Pictures of digits: (N, 3, S, S) uint8.
 
@@ -91,9 +97,7 @@ class Renderer:
             index: (N,) int, which digits.
             ink: (N, 3) or (1, 3) uint8, red, green and blue of each picture.
         """
-        # Bytes onto -shift..shift; with 2 * shift + 1 much below 256 every offset is as likely as another to within 4 %.
-        offset = (self.split.shift[row, index].astype(np.int32) * (2 * self.shift + 1) >> 8) - self.shift
-        grey = move(self.grey[index], offset).astype(np.uint16)
+        grey = move(self.grey[index], self.offset(row, index)).astype(np.uint16)
         coloured = (grey[:, None] * ink.astype(np.uint16)[:, :, None, None] + np.uint16(127)) // np.uint16(255)
         noisy = self.noise[self.split.noise_index[row, index]]
         noisy += coloured.astype(np.int16)

@@ -24,12 +24,33 @@ DIGITS = (
 )
 PRESETS = ("lws@released", "bpa@released", "gdro@released", "george@released")
 AVALANCHE = ("avalanche-replay", "avalanche-ewc", "avalanche-lwf", "avalanche-agem", "avalanche-gem")
+REFERENCES = ("zero-shot", "experts", "ensemble")
+MERGES = (
+    "weight-average",
+    "task-arithmetic",
+    "magmax",
+    "dare",
+    "ties",
+    "ties@thesis",
+    "pcb",
+    "fisher",
+    "regmean",
+    "tsv",
+    "iso-c",
+    "iso-cts",
+    "score@paper",
+    "score@released",
+    "score@diagonal",
+    "score@off-diagonal",
+    "score@full-matrix",
+)
+LEARNERS = tuple(name for name in DIGITS if name not in ("gdro", "bgs"))  # the domains have no groups
 STREAMS = ("b-digits", "split-digits", "split-digits-class", *(f"digits-offline-{name}" for name in NAMES))
 
 
 @hookimpl
 def shiftproof_suites() -> list[SuiteSpec]:
-    """`quick`, `digits` and `digits-all`."""
+    """`quick`, `digits`, `digits-all` and `domains`."""
     return [
         SuiteSpec(
             "quick",
@@ -46,5 +67,11 @@ def shiftproof_suites() -> list[SuiteSpec]:
             "every strategy, preset and Avalanche's strategies on every stream of digits, three seeds",
             STREAMS,
             (*DIGITS, *PRESETS, *AVALANCHE),
+        ),
+        SuiteSpec(
+            "domains",
+            "every merge and every strategy that trains without groups, each domain of the digits held out, three seeds",
+            ("digits-domains",),
+            (*REFERENCES, *MERGES, *LEARNERS),
         ),
     ]

@@ -8,15 +8,24 @@ from pathlib import Path
 import pytest
 import torch
 
-from shiftproof.benchmark import ArrayData, DataExperience, GroupedExperience, Recipe, Scenario, Stream, sequential
+from shiftproof.benchmark import (
+    ArrayData,
+    DataExperience,
+    ExpertExperience,
+    GroupedExperience,
+    Recipe,
+    Scenario,
+    Stream,
+    sequential,
+)
 from shiftproof.benchmark.cache import Cache
 from shiftproof.benchmark.conformance import check_strategy, planted_stream
 from shiftproof.benchmark.records import RunRequest
 from shiftproof.benchmark.registry.lookup import load_registry
-from shiftproof.benchmark.running.runner import identify, run_cell
+from shiftproof.benchmark.running.runner import experts_of, identify, run_cell
 
 REGISTRY = load_registry()
-LEARNERS = [name for name, spec in REGISTRY.strategies.items() if issubclass(spec.consumes, DataExperience)]
+LEARNERS = [name for name, spec in REGISTRY.strategies.items() if issubclass(spec.consumes, DataExperience | ExpertExperience)]
 LABELS = [label for name in LEARNERS for label in (name, *(f"{name}@{preset}" for preset in REGISTRY.strategies[name].presets))]
 
 
@@ -54,7 +63,8 @@ def shared_head() -> Stream:
 def test_learns_new_classes_of_a_shared_head_whose_task_is_not_0(label: str, tmp_path: Path) -> None:
     spec, preset, config = REGISTRY.strategy(label)
     stream = shared_head()
-    cell = identify(RunRequest(spec.name, stream.name, 0, preset=preset), spec, config, stream, {}, "cpu")
+    request, experts = RunRequest(spec.name, stream.name, 0, preset=preset), experts_of(REGISTRY, spec, stream)
+    cell = identify(request, spec, config, stream, {}, "cpu", experts)
     record = run_cell(cell, REGISTRY, tmp_path, Cache(tmp_path / "cache"))
     assert record.error is None
     assert record.results is not None

@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 ROOT = Path(__file__).parents[1]
 READMES = [ROOT / name for name in ("README.md", "plugins/README.md", "datasets/README.md", "leaderboards/README.md")]
@@ -40,6 +42,10 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "my_method.py").write_text(example)
     shutil.copytree(ROOT / "leaderboards" / "runs" / "digits", folder / "runs" / "digits")
     shutil.copy(ROOT / "leaderboards" / "digits.json", folder / "board.json")
+    for number, name in enumerate(("base", "a", "b")):
+        generator = torch.Generator().manual_seed(number)
+        tensors = {"weight": torch.randn(16, 8, generator=generator), "bias": torch.randn(16, generator=generator)}
+        save_file(tensors, folder / f"{name}.safetensors")
     return folder
 
 
@@ -83,13 +89,25 @@ def test_a_command_in_a_readme_does_what_it_should(readme: str, command: str, pl
     assert done.returncode == 0, f"{readme}: {command}\n{done.stdout}\n{done.stderr}"
 
 
+def test_the_merge_that_a_readme_prints_merges_checkpoints(place: Path) -> None:
+    (example,) = (text for text in blocks(ROOT / "plugins" / "README.md", "python") if "MedianConfig" in text)
+    (place / "median.py").write_text(example)
+    files = ["--base", "base.safetensors", "--expert", "a.safetensors", "--expert", "b.safetensors", "--out", "median.safetensors"]
+    done = shell([SHIFTPROOF, "merge", "median", "--plugin", "median.py", *files], place)
+    assert done.returncode == 0, done.stderr
+    base, *experts = (load_file(place / f"{name}.safetensors")["weight"] for name in ("base", "a", "b"))
+    lower = torch.minimum(experts[0] - base, experts[1] - base)  # torch's median of two is the lower one
+    torch.testing.assert_close(load_file(place / "median.safetensors")["weight"], base + lower)
+
+
 def test_both_readmes_print_the_same_example() -> None:
     (root,) = (text for text in blocks(ROOT / "README.md", "python") if "SmoothConfig" in text)
     assert root in blocks(ROOT / "plugins" / "README.md", "python")
 
 
-def test_the_readme_names_every_strategy_of_the_digits_suite() -> None:
-    from shiftproof.datasets.suites import DIGITS
+def test_the_readme_names_every_strategy_of_the_suites() -> None:
+    from shiftproof.datasets.suites import DIGITS, MERGES, REFERENCES
 
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert [name for name in DIGITS if f"`{name}`" not in text] == []
+    names = [name.partition("@")[0] for name in (*DIGITS, *MERGES, *REFERENCES)]
+    assert [name for name in names if f"`{name}`" not in text] == []

@@ -70,9 +70,10 @@ def test_a_room_imports_only_from_rooms_below_it(room: str) -> None:
 
 def test_built_in_plugins_use_the_public_names_alone() -> None:
     import shiftproof.benchmark
-    import shiftproof.strategies
+    import shiftproof.strategies.merging
 
-    public = {room.__name__: set(room.__all__) for room in (shiftproof.benchmark, shiftproof.strategies)}
+    rooms = (shiftproof.benchmark, shiftproof.strategies, shiftproof.strategies.merging)
+    public = {room.__name__: set(room.__all__) for room in rooms}
     for path, tree in sources("plugins"):
         for module, name in imports(tree):
             assert name in public.get(module, ()), f"{path.name} uses {module}.{name}"
@@ -80,9 +81,9 @@ def test_built_in_plugins_use_the_public_names_alone() -> None:
 
 def test_every_public_name_resolves() -> None:
     import shiftproof.benchmark
-    import shiftproof.strategies
+    import shiftproof.strategies.merging
 
-    for room in (shiftproof.benchmark, shiftproof.strategies):
+    for room in (shiftproof.benchmark, shiftproof.strategies, shiftproof.strategies.merging):
         for name in room.__all__:
             assert getattr(room, name) is not None
 
@@ -102,14 +103,14 @@ def test_type_checkers_see_the_rooms_through_links() -> None:
         assert link.resolve() == ROOT / room
 
 
-@pytest.mark.parametrize("name", ["lws", "clusterfix", "bpa"])
+@pytest.mark.parametrize("name", ["lws", "clusterfix", "bpa", "score"])
 def test_a_built_in_copied_out_of_the_repository_still_works(name: str, tmp_path: Path) -> None:
     from shiftproof.benchmark.conformance import check_strategy
     from shiftproof.benchmark.registry.lookup import load_registry
 
     copy = tmp_path / f"my_{name}.py"
     shutil.copy(ROOT / "plugins" / f"{name}.py", copy)
-    registry = load_registry(only=["backbones", "metrics"], files=[copy])
+    registry = load_registry(only=["backbones", "metrics", "fine-tuning"], files=[copy])
     results = check_strategy(name, registry=registry)
     assert [result for result in results if not result.passed] == []
     assert len(results) >= 6

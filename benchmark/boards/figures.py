@@ -112,7 +112,7 @@ def _draw(section: Block, records: Mapping[str, RunRecord]) -> Iterator[tuple[st
 
 def _look(place: int, row: Block) -> Look:
     turn, colour = divmod(place, len(COLOURS))
-    hollow = row["uses_group_labels"] or row["uses_bias_knowledge"]
+    hollow = bool({"group labels", "bias knowledge", "upper bound"} & set(row["flags"]))
     name = textwrap.shorten(display_name(row), NAME_LENGTH, placeholder=" ...")
     return Look(name, COLOURS[colour], MARKERS[(colour + turn) % len(MARKERS)], DASHES[turn % len(DASHES)], hollow)
 
@@ -169,7 +169,11 @@ def _wrapped(text: str, width: int) -> str:
 
 
 def _legend(looks: Sequence[Look]) -> list[str]:
-    return ["Hollow: uses group labels or knowledge of the bias."] if any(look.hollow for look in looks) else []
+    return (
+        ["Hollow: uses group labels, knowledge of the bias, or the held-out domain."]
+        if any(look.hollow for look in looks)
+        else []
+    )
 
 
 def _name_points(axes: Axes, means: Array, bars: Array, looks: Sequence[Look]) -> None:

@@ -17,7 +17,8 @@ Cell = tuple[int, str]
 CellValues = Mapping[str, Mapping[str, float | None]]
 """Metrics by run id."""
 
-NOT_RANKED = ("group labels", "bias knowledge", "incomplete", "failed cells")
+NOT_RANKED = ("group labels", "bias knowledge", "upper bound", "incomplete", "failed cells")
+DEGENERATE = 0.05  # a spectral merge of a smaller share of the parameters is weight averaging in all but name
 COSTS = (
     "wall_seconds",
     "train_seconds",
@@ -115,10 +116,14 @@ def _flags(records: Sequence[RunRecord], incomplete: bool) -> list[str]:
     facts = {
         "group labels": any(record.protocol["uses_group_labels"] for record in records),
         "bias knowledge": any(record.protocol["uses_bias_knowledge"] for record in records),
+        "upper bound": any(record.protocol.get("uses_target", False) for record in records),
         "incomplete": incomplete,
         "failed cells": any(record.status == "failed" for record in records),
     }
-    return [flag for flag in NOT_RANKED if facts[flag]] + mixtures(records)
+    last = [record.logs[-1] for record in records if record.logs]
+    shares = [share for log in last if (share := log.get("spectral_share")) is not None]
+    degenerate = ["degenerate"] if shares and min(shares) < DEGENERATE else []
+    return [flag for flag in NOT_RANKED if facts[flag]] + degenerate + mixtures(records)
 
 
 def _fold(values: Sequence[float | None], metric: MetricSpec, worst_of_folds: bool) -> float | None:

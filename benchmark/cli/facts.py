@@ -131,7 +131,11 @@ def _row(item: Item, plugin: Plugin, facts: Iterable[str]) -> list[str]:
 def _what(item: Item) -> str:
     """The summary, and what a user must know before choosing it."""
     facts = item.facts
-    marks = [mark.replace("_", " ") for mark in ("uses_group_labels", "uses_bias_knowledge", "needs_data") if facts.get(mark)]
+    marks = [
+        mark.replace("_", " ")
+        for mark in ("uses_group_labels", "uses_bias_knowledge", "needs_data", "uses_target")
+        if facts.get(mark)
+    ]
     marks += [f"unavailable: {facts['unavailable']}"] if facts.get("unavailable") else []
     return f"{facts['summary']} ({'; '.join(marks)})" if marks else str(facts["summary"])
 

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from shiftproof.benchmark.cli import board, facts, run, tools
+from shiftproof.benchmark.cli import analyze, board, facts, merge, run, tools
 from shiftproof.benchmark.errors import InputError
 
 # Typer exports of its usage errors only this one; the parent covers unknown options and commands too.
@@ -94,6 +94,7 @@ def options(
 
 
 app.command("run")(run.run)
+app.command("merge")(merge.merge)
 app.command("list", cls=LightCommand)(facts.list_names)
 app.command("show", cls=LightCommand)(facts.show)
 app.command("plugins", cls=LightCommand)(facts.plugins)
@@ -102,6 +103,7 @@ app.command("check")(tools.check)
 app.command("doctor")(tools.doctor)
 app.add_typer(tools.data_app, name="data")
 app.add_typer(board.app, name="leaderboard")
+app.add_typer(analyze.app, name="analyze")
 
 
 def main() -> None:

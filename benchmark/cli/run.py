@@ -13,7 +13,7 @@ import typer
 from shiftproof.benchmark.cli.console import catalogue
 from shiftproof.benchmark.cli.facts import suite_of
 from shiftproof.benchmark.cli.report import print_plan, report, show_progress
-from shiftproof.benchmark.contracts import SuiteSpec
+from shiftproof.benchmark.contracts import EXPERT_TRAINER, SuiteSpec
 from shiftproof.benchmark.errors import InputError
 from shiftproof.benchmark.names import KINDS, did_you_mean, problems_hint, unknown
 from shiftproof.benchmark.registry.catalogue import Catalogue
@@ -66,7 +66,7 @@ def run(
     if seeds:
         spec = replace(spec, seeds=parse_seeds(seeds))
     folder = out or Path("runs", spec.name)
-    registry = registry_for(known, names_of(spec, executor), plugin)
+    registry = registry_for(known, names_of(spec, executor, known), plugin)
 
     from shiftproof.benchmark import provenance  # torch, from here on
     from shiftproof.benchmark.running import matrix
@@ -134,9 +134,11 @@ def _split(text: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
 
 
-def names_of(spec: SuiteSpec, executor: str) -> dict[str, list[str]]:
-    """What a run looks up, by kind."""
+def names_of(spec: SuiteSpec, executor: str, known: Catalogue) -> dict[str, list[str]]:
+    """What a run looks up, by kind; who fine-tunes experts is among it, since a merge may need them."""
     strategies = [label.partition("@")[0] for label in spec.strategies]
+    if EXPERT_TRAINER in known.items("strategy") and EXPERT_TRAINER not in strategies:
+        strategies.append(EXPERT_TRAINER)
     return {"strategy": strategies, "stream": list(spec.streams), "executor": [executor]}
 
 

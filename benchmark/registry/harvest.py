@@ -39,6 +39,7 @@ def _strategy(spec: StrategySpec[Any]) -> dict[str, Any]:
         "uses_group_labels": spec.uses_group_labels,
         "uses_bias_knowledge": spec.uses_bias_knowledge,
         "needs_data": spec.needs_data,
+        "uses_target": spec.uses_target,
         "unavailable": spec.unavailable,
         "config": _config(spec.config),
         "presets": {name: _differences(spec.config(), preset) for name, preset in spec.presets.items()},

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from shiftproof.benchmark import codehash, config
+from shiftproof.benchmark import codehash, config, lifting
 from shiftproof.benchmark.contracts import StrategySpec
 from shiftproof.benchmark.records import PROTOCOL_VERSION, SCHEMA_VERSION, RunRequest, sha256
 from shiftproof.benchmark.registry.lookup import Registry
@@ -49,18 +49,36 @@ def make_cell(registry: Registry, request: RunRequest, stream: Stream, device: s
     spec, _, preset = registry.strategy(request.label)
     resolved = config.resolve(preset, request.config, request.label)
     stream_config = config.resolve(registry.stream(request.stream).config(), request.knobs, request.stream)
-    return identify(request, spec, resolved, stream, asdict(stream_config), device)
+    return identify(request, spec, resolved, stream, asdict(stream_config), device, experts_of(registry, spec, stream))
+
+
+def experts_of(registry: Registry, spec: StrategySpec[Any], stream: Stream) -> dict[str, str]:
+    """Who fine-tunes the experts and the hash of its code; empty where the stream is not lifted to experts."""
+    if not lifting.is_lifted(spec, stream):
+        return {}
+    trainer, _, _ = registry.strategy(lifting.EXPERT_TRAINER)
+    return {"strategy": trainer.name, "code_sha256": _code_sha256(trainer)}
 
 
 def identify(
-    request: RunRequest, spec: StrategySpec[Any], resolved: Any, stream: Stream, knobs: Mapping[str, Any], device: str
+    request: RunRequest,
+    spec: StrategySpec[Any],
+    resolved: Any,
+    stream: Stream,
+    knobs: Mapping[str, Any],
+    device: str,
+    experts: Mapping[str, str] | None = None,
 ) -> Cell:
-    """A cell from its parts. The run id is the hash of what determines the result."""
+    """A cell from its parts. The run id is the hash of what determines the result.
+
+    Args:
+        experts: What `experts_of` gives.
+    """
     identity = {
         "schema": SCHEMA_VERSION,
         "strategy": spec.name,
         "config": asdict(resolved),
-        "code_sha256": codehash.code_sha256(codehash.module_of(spec.build), spec.config.__module__),
+        "code_sha256": _code_sha256(spec),
         "stream": stream.name,
         "stream_version": stream.version,
         "knobs": dict(knobs),
@@ -73,5 +91,11 @@ def identify(
         "device": torch.device(device).type,
         "dtype": stream.recipe.precision,
         "protocol_version": PROTOCOL_VERSION,
+        **({"experts": dict(experts)} if experts else {}),
+        **({"frozen_heads": True} if stream.frozen_heads else {}),
     }
     return Cell(request, spec, resolved, stream, identity, sha256(identity))
+
+
+def _code_sha256(spec: StrategySpec[Any]) -> str:
+    return codehash.code_sha256(codehash.module_of(spec.build), spec.config.__module__)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from shiftproof.benchmark.contracts import MetricSpec
 from shiftproof.benchmark.errors import NotFiniteError
+from shiftproof.benchmark.lifting import needs_data
 from shiftproof.benchmark.metrics import CellScores
 from shiftproof.benchmark.provenance import peak_memory_mb, without_paths
 from shiftproof.benchmark.records import RunRecord, sha256
@@ -54,7 +55,8 @@ def compose(
             "evaluate": stream.evaluate,
             "uses_group_labels": spec.uses_group_labels,
             "uses_bias_knowledge": spec.uses_bias_knowledge,
-            "needs_data": spec.needs_data,
+            "needs_data": needs_data(spec, cell.config),
+            "uses_target": spec.uses_target,
             "consumes": spec.consumes.__name__,
             "selection": stream.selection,
             "recipe": stream.recipe.name,

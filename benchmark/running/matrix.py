@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
+from typing import Any
 
 from shiftproof.benchmark import config, lifting
 from shiftproof.benchmark.context import CHECKPOINT_SECONDS
-from shiftproof.benchmark.contracts import SuiteSpec
+from shiftproof.benchmark.contracts import StrategySpec, SuiteSpec
 from shiftproof.benchmark.errors import InputError
 from shiftproof.benchmark.pretraining import read_base
 from shiftproof.benchmark.recipes import BaseRecipe, Recipe
@@ -114,13 +115,19 @@ def plan(
             common = replace(common, custom=_facts(stream) != _facts(usual))
         for label in suite.strategies:
             spec, preset, _ = registry.strategy(label)
-            reason = lifting.obstacle(spec, stream)
+            reason = lifting.obstacle(spec, stream) or _untrained(registry, spec, stream)
             if reason:
                 skipped.append(Skipped(label, name, reason))
                 continue
             for request in _requests(common, stream, spec.name, preset, given[label], suite.seeds):
                 cells.append(make_cell(registry, request, stream, device))
     return Plan(suite, tuple(cells), tuple(skipped))
+
+
+def _untrained(registry: Registry, spec: StrategySpec[Any], stream: Stream) -> str:
+    if lifting.is_lifted(spec, stream) and lifting.EXPERT_TRAINER not in registry.strategies:
+        return f"needs the strategy {lifting.EXPERT_TRAINER!r} to fine-tune experts, which is not loaded"
+    return ""
 
 
 def states(plan: Plan, out: Path) -> list[str]:

@@ -30,6 +30,7 @@ from shiftproof.benchmark.registry.lookup import Registry
 from shiftproof.benchmark.running.cells import (
     Cell as Cell,
     build_stream as build_stream,
+    experts_of as experts_of,
     identify as identify,
     make_cell as make_cell,
 )
@@ -86,8 +87,8 @@ class CellRun:
         for position in range(progress.learned):
             self._tell(experiences[position].name, position)  # observers of this attempt have not heard of them
         for position in range(progress.learned, len(experiences)):
-            experience = experiences[position]
-            self.where = f"experience {experience.name!r}"
+            self.where = f"experience {experiences[position].name!r}"
+            experience = self._consumed(experiences[position], fold)
             progress.logs.append(self._learn(strategy, experience, position))
             is_measured = cell.stream.evaluate == "each" or position == len(experiences) - 1
             progress.rows.append(self._evaluate(strategy, fold, position) if is_measured else [])
@@ -102,6 +103,17 @@ class CellRun:
             "counts": [[[list(pair) for pair in counts.groups] for counts in row] for _, row in measured],
             "class_counts": [[[list(pair) for pair in counts.classes] for counts in row] for _, row in measured],
         }
+
+    def _consumed(self, experience: Experience, fold: Fold) -> Experience:
+        """The experience itself, or the expert that was fine-tuned on it."""
+        cell = self.cell
+        if isinstance(experience, DataExperience) and lifting.is_lifted(cell.spec, cell.stream):
+            before = time.monotonic()
+            trainer, _, _ = self.registry.strategy(lifting.EXPERT_TRAINER)
+            code_sha256 = cell.identity["experts"]["code_sha256"]
+            experience = lifting.expert_for(experience, fold, cell.stream, trainer, code_sha256, self.context)
+            self.started += time.monotonic() - before  # other cells share it
+        return lifting.visible_expert(cell.spec, cell.config, experience)
 
     def _learn(self, strategy: Any, experience: Experience, position: int) -> dict[str, float]:
         before = _versions(experience)
@@ -124,7 +136,7 @@ class CellRun:
         self.registry.observers.experience_learned(self.cell.request, experience, dict(logs), [counts.groups for counts in row])
 
     def seconds(self) -> float:
-        """Wall time over all attempts that were resumed, without the making of the base, which all cells share."""
+        """Wall time over all attempts that were resumed, without the making of base and experts, which cells share."""
         return self.progress.seconds + time.monotonic() - self.started
 
     def _base(self, cache: Cache) -> tuple[Model, StateDict]:
@@ -132,11 +144,19 @@ class CellRun:
         stream = self.cell.stream
         build = self.registry.backbone(stream.base.backbone).build
         weights = base_weights(
-            stream.base, lambda: build(stream.input_shape), stream.unlabelled(), cache, stream.base_sha256, self.device
+            stream.base,
+            lambda: build(stream.input_shape),
+            stream.unlabelled(),
+            cache,
+            stream.base_sha256,
+            self.device,
+            stream.base_data,
         )
         self.started += time.monotonic() - before
         self.base_weights_sha256 = sha256({name: _bytes_sha256(tensor) for name, tensor in sorted(weights.items())})
-        return Model(build(stream.input_shape), stream.heads), weights
+        model = Model(build(stream.input_shape), stream.heads)
+        model.heads.requires_grad_(not stream.frozen_heads)
+        return model, weights
 
     def write_checkpoint(self, state: State | None) -> None:
         """Everything that a later attempt needs, in one file that loads without executing code."""

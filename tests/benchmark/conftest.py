@@ -49,6 +49,7 @@ PROTOCOL = {
     "uses_group_labels": False,
     "uses_bias_knowledge": False,
     "needs_data": False,
+    "uses_target": False,
     "selection": "last epoch, no validation data",
     "recipe": "standard",
     "backbone": "small-conv",
@@ -80,6 +81,7 @@ COST = {
     "samples_seen": 1000,
     "optimizer_steps": 100,
     "experts_trained": 0,
+    "experts_reused": 0,
 }
 
 

@@ -6,14 +6,28 @@ import copy
 import pickle
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from shiftproof.benchmark import DataExperience, ExpertExperience, GroupedExperience, JointExperience, Stream
+from shiftproof.benchmark import (
+    DataExperience,
+    ExpertExperience,
+    GroupedExperience,
+    JointExperience,
+    Model,
+    RunContext,
+    Stream,
+    TransportExperience,
+    leave_one_domain_out,
+)
+from shiftproof.benchmark.backbones import SmallConvNet
+from shiftproof.benchmark.cache import Cache
+from shiftproof.benchmark.contracts import StrategySpec
 from shiftproof.benchmark.errors import ContractError
-from shiftproof.benchmark.lifting import lift, obstacle
+from shiftproof.benchmark.lifting import expert_for, lift, obstacle, shared_names
 from shiftproof.benchmark.registry.lookup import Registry
 
 
@@ -21,6 +35,12 @@ from shiftproof.benchmark.registry.lookup import Registry
 def stream(registry: Registry) -> Stream:
     spec = registry.stream("tiny")
     return spec.build(spec.config(), None)
+
+
+def tiny_model() -> Model:
+    backbone = torch.nn.Identity()
+    backbone.features = 2  # type: ignore[assignment]
+    return Model(backbone, {0: 2})
 
 
 def seen(registry: Registry, strategy: str, stream: Stream) -> tuple[Any, ...]:
@@ -72,14 +92,15 @@ def test_obstacles_say_why(registry: Registry, stream: Stream) -> None:
     assert [obstacle(spec, stream) for spec in (toy, grouped, union)] == ["", "", ""]
     assert obstacle(grouped, plain) == "needs group labels, the stream has none"
     assert obstacle(registry.strategies["missing"], stream) == "needs shiftproof[clip]"
-    merging = replace(toy, consumes=ExpertExperience)
-    assert obstacle(merging, stream) == "consumes ExpertExperience, the stream yields GroupedExperience"
+    assert obstacle(replace(toy, consumes=ExpertExperience), stream) == ""  # data are lifted to experts
+    transport = replace(toy, consumes=TransportExperience)
+    assert obstacle(transport, stream) == "consumes TransportExperience, the stream yields GroupedExperience"
     told = replace(union, uses_group_labels=True)
     assert obstacle(told, stream) == "needs group labels, the union of a stream's experiences has none"
 
 
 def test_a_stream_of_experts_is_not_data(registry: Registry, stream: Stream) -> None:
-    net = torch.nn.Linear(1, 1)
+    net = tiny_model()
     expert = ExpertExperience(0, "expert", 0, net, net, frozenset())
     experts = replace(stream, folds=(replace(stream.folds[0], train=(expert,)),))
     assert obstacle(registry.strategies["toy"], experts) == "learns from data, the stream has none"
@@ -87,7 +108,7 @@ def test_a_stream_of_experts_is_not_data(registry: Registry, stream: Stream) -> 
 
 
 def test_merges_see_data_only_if_they_need_it_and_groups_only_if_they_use_them(registry: Registry, stream: Stream) -> None:
-    net = torch.nn.Linear(1, 1)
+    net = tiny_model()
     expert = ExpertExperience(0, "expert", 0, net, net, frozenset(), stream.folds[0].train[0])  # type: ignore[arg-type]
     fold = replace(stream.folds[0], train=(expert,))
 
@@ -101,3 +122,91 @@ def test_merges_see_data_only_if_they_need_it_and_groups_only_if_they_use_them(r
         DataExperience,
         GroupedExperience,
     ]
+
+
+@pytest.fixture
+def context(stream: Stream, tmp_path: Path) -> RunContext:
+    def base() -> tuple[Model, dict[str, torch.Tensor]]:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            model = Model(SmallConvNet(stream.input_shape), stream.heads)
+        return model, dict(model.backbone.state_dict())
+
+    return RunContext(3, replace(stream.recipe, epochs=2), base, "", Cache(tmp_path / "cache"), tmp_path)
+
+
+@pytest.fixture
+def trainer(registry: Registry) -> StrategySpec[Any]:
+    return registry.strategies["sgd"]
+
+
+def data_of(stream: Stream) -> list[DataExperience]:
+    return [one.without_groups() for one in stream.folds[0].train if isinstance(one, GroupedExperience)]
+
+
+def test_an_expert_is_the_base_fine_tuned_on_one_experience_alone(
+    stream: Stream, context: RunContext, trainer: StrategySpec[Any]
+) -> None:
+    second = data_of(stream)[1]
+    expert = expert_for(second, stream.folds[0], stream, trainer, "code", context)
+    strategy = trainer.build(trainer.config(), context.child("expert/task-1"))
+    with context.child("expert/task-1").global_rng("expert"):
+        strategy.learn(replace(second, index=0))
+    alone = strategy.model().state_dict()
+    assert all(torch.equal(alone[name], tensor) for name, tensor in expert.expert.state_dict().items())
+    base = context.new_model().state_dict()
+    assert all(torch.equal(base[name], tensor) for name, tensor in expert.base.state_dict().items())
+    assert not torch.equal(base["heads.1.weight"], alone["heads.1.weight"])
+    assert torch.equal(base["heads.0.weight"], alone["heads.0.weight"])
+    assert (expert.shared & expert.private, expert.private) == (frozenset(), {"heads.1.weight", "heads.1.bias"})
+
+
+def test_leave_one_out_over_d_domains_trains_d_experts_whatever_the_number_of_methods(
+    stream: Stream, context: RunContext, trainer: StrategySpec[Any]
+) -> None:
+    domains = [replace(data_of(stream)[i % 2], name=f"domain-{i}", task=0) for i in range(3)]
+    evals = [replace(stream.folds[0].evals[0], name=one.name) for one in domains]
+    folds = leave_one_domain_out(domains, evals)
+    lodo = replace(stream, folds=folds, heads={0: 2})
+    weights: dict[str, list[torch.Tensor]] = {}
+    for _ in ("score", "tsv"):
+        for fold in folds:
+            for one in fold.train:
+                assert isinstance(one, DataExperience)
+                expert = expert_for(one, fold, lodo, trainer, "code", context).expert
+                weights.setdefault(one.name, []).append(expert.state_dict()["heads.0.weight"])
+    assert context.cache.made["expert"] == context.cost.experts_trained == 3
+    assert context.cost.experts_reused == 2 * 3 * 2 - 3
+    assert all(torch.equal(first, other) for first, *others in weights.values() for other in others)
+    assert not torch.equal(weights["domain-0"][0], weights["domain-2"][0])  # the same data under another name
+
+
+@pytest.mark.parametrize("change", ["seed", "recipe", "data", "code"])
+def test_whatever_an_expert_depends_on_gives_another(
+    change: str, stream: Stream, context: RunContext, trainer: StrategySpec[Any]
+) -> None:
+    first, second = data_of(stream)
+    expert_for(first, stream.folds[0], stream, trainer, "code", context)
+    if change == "seed":
+        context = context.child("another")
+    if change == "data":
+        first = replace(first, train=second.train)
+    changed = replace(stream, recipe=replace(stream.recipe, lr=0.01)) if change == "recipe" else stream
+    expert_for(first, stream.folds[0], changed, trainer, "other" if change == "code" else "code", context)
+    assert context.cache.made["expert"] == 2
+
+
+def test_a_head_that_all_experiences_share_is_merged_and_others_are_private(stream: Stream) -> None:
+    model = Model(SmallConvNet((3, 8, 8)), {0: 2, 1: 2})
+    backbone = {name for name in model.state_dict() if name.startswith("backbone.")}
+    assert shared_names(model, [0, 1]) == backbone
+    assert shared_names(model, [0, 0]) == backbone | {"heads.0.weight", "heads.0.bias"}
+    assert shared_names(model, [0]) == backbone
+
+
+def test_only_who_declares_it_learns_the_held_out_domain(registry: Registry, stream: Stream) -> None:
+    domains = [replace(one, task=0) for one in data_of(stream)]
+    fold, _ = leave_one_domain_out(domains, [replace(stream.folds[0].evals[0], name=one.name) for one in domains])
+    toy = replace(registry.strategies["toy"], consumes=ExpertExperience)
+    assert [one.name for one in lift(toy, fold)] == ["task-1"]
+    assert [one.name for one in lift(replace(toy, uses_target=True), fold)] == ["task-0"]

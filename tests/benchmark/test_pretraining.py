@@ -12,11 +12,13 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from shiftproof.benchmark import BaseRecipe
+from shiftproof.benchmark import ArrayData, BaseRecipe, RunContext
 from shiftproof.benchmark.backbones import SmallConvNet
 from shiftproof.benchmark.cache import Cache
 from shiftproof.benchmark.errors import InputError, NotFiniteError
-from shiftproof.benchmark.pretraining import barlow_twins, base_weights, random_view, redundancy_loss
+from shiftproof.benchmark.models import Model
+from shiftproof.benchmark.pretraining import barlow_twins, base_weights, random_light, random_view, redundancy_loss, supervised
+from shiftproof.benchmark.recipes import Recipe
 from shiftproof.benchmark.registry.lookup import Registry
 
 CPU = torch.device("cpu")
@@ -183,3 +185,59 @@ def test_a_file_that_is_not_this_backbones_is_one_line(
         weights(BaseRecipe("digits-cnn", "file", file=str(path)), [], tmp_path)
     assert said in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+SUPERVISED = BaseRecipe("digits-cnn", kind="supervised", epochs=30, batch_size=32, lr=0.01)
+
+
+@pytest.fixture
+def stripes() -> ArrayData:
+    """Stripes across or along under noise."""
+    generator = torch.Generator().manual_seed(0)
+    y = torch.arange(128) % 2
+    wave = (torch.arange(8) // 2 % 2).float()
+    x = torch.where(y[:, None, None] == 1, wave, wave[:, None])[:, None].expand(-1, 3, -1, -1) * 150
+    return ArrayData((x + torch.rand(128, 3, 8, 8, generator=generator) * 60).to(torch.uint8), y)
+
+
+def test_a_supervised_base_answers_before_anything_was_learned(stripes: ArrayData, tmp_path: Path) -> None:
+    made = base_weights(SUPERVISED, build, [], Cache(tmp_path), "identity", CPU, stripes)
+    run = RunContext(0, Recipe(), lambda: (Model(build(), {0: 2, 1: 2}), made), "", Cache(tmp_path), tmp_path)
+    net = run.new_model().eval()
+    with torch.no_grad():
+        assert (net(stripes.inputs(slice(None)), 0).argmax(1) == stripes.y).float().mean() > 0.95
+    assert torch.equal(net.head(0).weight, made["heads.0.weight"])
+    assert torch.equal(run.child("expert").new_model().head(1).weight, net.head(1).weight)
+
+
+def test_a_supervised_base_repeats_itself_and_is_made_once(stripes: ArrayData, tmp_path: Path) -> None:
+    short = replace(SUPERVISED, epochs=2)
+    cache = Cache(tmp_path)
+    first, again = (base_weights(short, build, [], cache, "identity", CPU, stripes) for _ in range(2))
+    alone = base_weights(short, build, [], Cache(tmp_path / "other"), "identity", CPU, stripes)
+    assert cache.made["base"] == 1
+    assert first.keys() == again.keys() == alone.keys() == {*build().state_dict(), "heads.0.weight", "heads.0.bias"}
+    assert all(torch.equal(first[name], other[name]) for name in first for other in (again, alone))
+
+
+def test_a_supervised_base_without_labelled_data_says_so(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="expected labelled data for a supervised base, got a stream without"):
+        base_weights(SUPERVISED, build, [], Cache(tmp_path), "identity", CPU)
+
+
+def test_a_learning_rate_that_is_too_high_for_labels_is_an_error_as_well(stripes: ArrayData) -> None:
+    with pytest.raises(NotFiniteError, match=r"lower base\.lr"):
+        supervised(replace(SUPERVISED, lr=1e30, epochs=3), build(), stripes, CPU)
+
+
+def test_light_changes_contrast_and_brightness_only_within_bounds() -> None:
+    grey = torch.full((200, 3, 8, 8), 0.5)
+    lit = random_light(grey, torch.Generator().manual_seed(0))
+    assert bool((lit.flatten(1).std(1) < 1e-6).all())  # neither invents a pattern
+    assert 0.3 <= float(lit.min()) < float(lit.max()) <= 0.7
+    half = torch.zeros(200, 3, 8, 8)
+    half[..., 4:] = 1
+    lit = random_light(half, torch.Generator().manual_seed(0))
+    assert bool((lit[..., -1] > lit[..., 0]).all())  # contrast is never inverted
+    blurred = ((lit[:, 0, 0, 3] - lit[:, 0, 0, 0]).abs() > 1e-6).float().mean()
+    assert 0.2 < float(blurred) < 0.5

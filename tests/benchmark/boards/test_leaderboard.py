@@ -191,7 +191,20 @@ def test_a_strategy_that_only_failed_has_a_row_without_numbers_at_the_end(make_r
     assert rows(board)["nan"]["metrics"]["average"]["mean"] is None
 
 
-@pytest.mark.parametrize(("fact", "flag"), [("uses_group_labels", "group labels"), ("uses_bias_knowledge", "bias knowledge")])
+@pytest.mark.parametrize(("share", "flags"), [(0.04, ["degenerate"]), (0.5, [])])
+def test_a_spectral_merge_of_hardly_anything_is_flagged_but_ranked(
+    make_record: MakeRecord, share: float, flags: list[str]
+) -> None:
+    made = [replace(make_record("tsv", seed), logs=[{"spectral_share": 0.9}, {"spectral_share": share}]) for seed in range(3)]
+    row = rows(build_board("b", made))["tsv"]
+    assert row["flags"] == flags
+    assert row["metrics"]["worst"]["rank"] == 1
+
+
+@pytest.mark.parametrize(
+    ("fact", "flag"),
+    [("uses_group_labels", "group labels"), ("uses_bias_knowledge", "bias knowledge"), ("uses_target", "upper bound")],
+)
 def test_knowledge_of_groups_or_of_the_bias_is_shown_but_changes_no_rank(
     make_record: MakeRecord, records: list[RunRecord], fact: str, flag: str
 ) -> None:

@@ -203,7 +203,8 @@ def test_a_run_imports_only_the_plugins_it_needs(warm_site: Any, monkeypatch: py
 
 def test_a_run_looks_up_strategies_without_presets_streams_and_the_executor() -> None:
     suite = SuiteSpec("s", "", ("a", "b"), ("lws@released", "er"))
-    assert names_of(suite, "inline") == {"strategy": ["lws", "er"], "stream": ["a", "b"], "executor": ["inline"]}
+    known = read_catalogue()
+    assert names_of(suite, "inline", known) == {"strategy": ["lws", "er", "sgd"], "stream": ["a", "b"], "executor": ["inline"]}
 
 
 @pytest.mark.parametrize(("text", "seeds"), [("0", (0,)), ("2, 1", (2, 1))])

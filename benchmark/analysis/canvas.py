@@ -1,0 +1,65 @@
+"""What the pictures of analyses share: a blank figure, its panels, labels, and how it is written."""
+
+from __future__ import annotations
+
+import io
+import math
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from shiftproof.benchmark.boards.figures import CAPTION, DPI, STYLE
+from shiftproof.benchmark.records import write_atomically
+
+PLAIN: dict[str, Any] = {**STYLE, "axes.grid": False, "axes.spines.top": True, "axes.spines.right": True}
+"""Style of heat maps."""
+
+NOTHING = "#e6e6e6"  # colour of cells without a value
+LENGTH = 34  # characters of a label
+
+
+def blank(width: float, height: float) -> Figure:
+    """An empty figure of so many inches."""
+    figure = Figure(figsize=(width, height), dpi=DPI, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def panels_of(count: int, columns: int, width: float, height: float) -> tuple[Figure, list[Axes]]:
+    """A figure with `count` panels in rows of at most `columns`; width and height are those of a panel."""
+    across = min(count, columns)
+    down = math.ceil(count / columns)
+    figure = blank(max(across * width, 4.0), down * height + 0.5)
+    every = list(figure.subplots(down, across, squeeze=False).flat)
+    for unused in every[count:]:
+        unused.set_axis_off()
+    return figure, every[:count]
+
+
+def footnote(figure: Figure, text: str) -> None:
+    """A line of small print."""
+    figure.supxlabel(text, **CAPTION)
+
+
+def short(name: str, length: int = LENGTH) -> str:
+    """A name whose beginning gives way, since that is what names of tensors share; up to a dot if one is near.
+
+    >>> short("visual.transformer.resblocks.0.attn.out_proj.weight", 34)
+    '...resblocks.0.attn.out_proj.weight'
+    """
+    if len(name) <= length:
+        return name
+    end = name[-length:]
+    return f"...{end[end.find('.', 0, length // 2) + 1 :]}"
+
+
+def save(figure: Figure, path: Path) -> Path:
+    """Write a figure, whole or not at all."""
+    buffer = io.BytesIO()
+    # The version of matplotlib, which it would write into the file, is no part of the picture.
+    figure.savefig(buffer, format="png", dpi=DPI, metadata={"Software": None})
+    write_atomically(path, buffer.getvalue())
+    return path

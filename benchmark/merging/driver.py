@@ -1,0 +1,240 @@
+"""Carries out a merge: which rule holds for each tensor, passes, threads, and a row a tensor that says what was done."""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from shiftproof.benchmark.errors import InputError
+from shiftproof.benchmark.experiences import StateDict
+from shiftproof.benchmark.merging.method import MergeMethod
+from shiftproof.benchmark.merging.pool import mapped, one_thread_each
+from shiftproof.benchmark.merging.sources import BLOCK, Blocks, InMemory, InTurn, TensorSource, count, is_finite, mean as mean
+
+Rule = Literal["spectral", "elementwise", "average", "copied", "unchanged"]
+STATISTICS = ("running_mean", "running_var")  # of normalization layers; a sum of their differences can turn negative
+SAME = "no expert differs from the base"
+RUN = 1 << 20  # elements that `scan` is handed at a time: each call has a cost of its own, such as a histogram
+GLANCE = 1 << 10  # elements
+IN_FLIGHT = 128 * 2**20  # bytes of base and experts that a thread holds, more or less, unless one tensor alone has more
+
+
+@dataclass(frozen=True)
+class TensorRow:
+    """What was done with a tensor.
+
+    Attributes:
+        rule: How it was merged; "unchanged" where no expert differs from the base.
+        why: Why a tensor was not left to the method; empty if it was.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    rule: Rule
+    why: str = ""
+
+
+@dataclass(frozen=True)
+class Merging:
+    """A merge that is about to be carried out.
+
+    A method with `blockwise = True` promises that an element of its merge depends on nothing but that element of base and
+    experts (and on the facts), and that `combine` may be given a partial for each run of a tensor: where the merge is written
+    in parts, `scan` and `merge` are handed runs of elements, (N,). What it merges by singular vectors stays whole. One with
+    `streams = True` promises to need no more of `experts` than its length and an iteration: each is read when its turn comes.
+
+    Attributes:
+        base: Before fine-tuning.
+        experts: After it, with the names and shapes of the base.
+        is_shared: False for names that are private to an expert: they stay the base's.
+        dtype: What the method computes in; None = float64 for float64 tensors and float32 for every other.
+        device: Where it computes.
+        jobs: Threads, each with one tensor at a time, the largest first.
+    """
+
+    method: MergeMethod
+    base: TensorSource
+    experts: Sequence[TensorSource]
+    is_shared: Callable[[str], bool] = lambda name: True
+    dtype: torch.dtype | None = None
+    device: str = "cpu"
+    jobs: int = 1
+
+    def rule(self, name: str) -> tuple[Rule, str]:
+        """What holds for a tensor before it is read, and why where it is not left to the method."""
+        dtype = self.base.dtype(name)
+        if not self.is_shared(name):
+            return "copied", "private"
+        if not dtype.is_floating_point:
+            return "copied", "complex" if dtype.is_complex else "integer"
+        if name.rpartition(".")[2] in STATISTICS:
+            return "average", "running statistics"
+        return self.method.path(name, self.base.shape(name)), ""
+
+    def run(
+        self,
+        write: Callable[[str, Tensor], None],
+        progress: Callable[[str], None] = lambda name: None,
+        write_part: Callable[[str, int, Tensor], None] | None = None,
+    ) -> list[TensorRow]:
+        """Merge every tensor and hand it to `write`, in any order and from several threads.
+
+        Args:
+            write: Takes the merged tensor in the base's dtype.
+            progress: Told after each tensor of each pass.
+            write_part: Takes the merged elements, (N,), from a position on; they are overwritten later. Without it every
+                tensor is merged as a whole.
+
+        Raises:
+            InputError: If a merged tensor is not finite, or a tensor of an expert is not.
+        """
+        names = sorted(self.base.names(), key=lambda name: -count(self.base.shape(name)))
+        own = [name for name in names if not self.rule(name)[1]]
+        blocks = Blocks((self.base, *self.experts), self.run_of_merge) if write_part else None
+        facts: Any = None
+
+        def finish(name: str) -> TensorRow:
+            if blocks and write_part and self.in_blocks(name):
+                row = self._merge_blocks(name, facts, blocks, write_part)
+            else:
+                merged, row = self._merge(name, facts)
+                write(name, merged)
+            progress(name)
+            return row
+
+        with one_thread_each(self.jobs):
+            for _ in range(self.method.rounds):
+                facts = self.method.combine(self._scan(own, facts, blocks is not None, progress), facts)
+            held = (lambda name: self.held(name, self.run_of_merge)) if blocks else self.held
+            rows = {row.name: row for row in mapped(finish, names, held, self.jobs, IN_FLIGHT * self.jobs)}
+        return [rows[name] for name in self.base.names()]
+
+    def _scan(self, names: Sequence[str], facts: Any, in_runs: bool, progress: Callable[[str], None]) -> dict[str, Any]:
+        """What one pass finds, by name of the tensor, and where a tensor is scanned in runs by name and start of the run."""
+        totals = {name: count(self.base.shape(name)) for name in names}
+        steps = {name: RUN if in_runs and self.in_blocks(name) else max(1, total) for name, total in totals.items()}
+        items = [(name, start) for name, total in totals.items() for start in range(0, max(1, total), steps[name])]
+        runs = Blocks((self.base, *self.experts), RUN)
+
+        def scan(item: tuple[str, int]) -> Any:
+            name, start = item
+            is_run = in_runs and self.in_blocks(name)
+            base, experts = self._run(name, runs.read(name, start, totals[name])) if is_run else self._whole(name)
+            found = self.method.scan(name, base, experts, facts)
+            if start == 0:
+                progress(name)
+            return found
+
+        found = mapped(scan, items, lambda item: self.held(item[0], steps[item[0]]), self.jobs, IN_FLIGHT * self.jobs)
+        partials = dict(zip(items, found, strict=True))
+        return {f"{name}[{start}:]" if start else name: partials[name, start] for name, start in sorted(partials)}
+
+    @property
+    def run_of_merge(self) -> int:
+        """Elements that are merged at a time where a method allows it; an accelerator wants more than a processor's cache."""
+        return BLOCK if self.device == "cpu" else RUN
+
+    def in_blocks(self, name: str) -> bool:
+        """Whether a tensor may be merged one run of elements after the other."""
+        rule, why = self.rule(name)
+        return bool(why) or (rule != "spectral" and bool(getattr(self.method, "blockwise", False)))
+
+    def held(self, name: str, run: int | None = None) -> int:
+        """Bytes of base and experts that are in memory while a tensor is merged, `run` elements at a time where it may be."""
+        elements = count(self.base.shape(name))
+        each = min(elements, run) if run and self.in_blocks(name) else elements
+        return self._dtype(name).itemsize * each * (2 + len(self.experts))
+
+    def _dtype(self, name: str) -> torch.dtype:
+        return self.dtype or (torch.float64 if self.base.dtype(name) == torch.float64 else torch.float32)
+
+    def _whole(self, name: str) -> tuple[Tensor, Sequence[Tensor]]:
+        """Base and experts of a tensor, read, on the device and checked."""
+        base, *readers = (partial(self._read, name, source) for source in (self.base, *self.experts))
+        experts = InTurn(readers)
+        return base(), experts if getattr(self.method, "streams", False) else list(experts)
+
+    def _read(self, name: str, source: TensorSource) -> Tensor:
+        return self._computable(name, source, source.read(name))
+
+    def _run(self, name: str, stored: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        """Base and experts of a run of elements that was read."""
+        base, *experts = map(partial(self._computable, name), (self.base, *self.experts), stored)
+        return base, experts
+
+    def _computable(self, name: str, source: TensorSource, stored: Tensor) -> Tensor:
+        tensor = stored.to(self.device, self._dtype(name))
+        if not is_finite(tensor):
+            raise InputError(f"expected finite values, got NaN or infinity in {name!r} of {source.label}")
+        return tensor
+
+    def _merge(self, name: str, facts: Any) -> tuple[Tensor, TensorRow]:
+        rule, why = self.rule(name)
+        shape = self.base.shape(name)
+        if rule == "copied":
+            return self.base.read(name), TensorRow(name, shape, rule, why)
+        base, experts = self._whole(name)
+        if all(torch.equal(base, expert) for expert in experts):
+            return self.base.read(name), TensorRow(name, shape, "unchanged", SAME)
+        return self._merged(name, base, experts, facts), TensorRow(name, shape, rule, why)
+
+    def _merge_blocks(self, name: str, facts: Any, blocks: Blocks, write: Callable[[str, int, Tensor], None]) -> TensorRow:
+        rule, why = self.rule(name)
+        shape = self.base.shape(name)
+        total = count(shape)
+        row = TensorRow(name, shape, rule, why)
+        if rule != "copied" and not _is_changed(name, total, blocks):
+            row = TensorRow(name, shape, "unchanged", SAME)
+        kept = row.rule in ("copied", "unchanged")
+        for start in blocks.starts(total):
+            stored = blocks.read(name, start, total, 1 if kept else None)
+            write(name, start, stored[0] if kept else self._merged(name, *self._run(name, stored), facts))
+        return row
+
+    def _merged(self, name: str, base: Tensor, experts: Sequence[Tensor], facts: Any) -> Tensor:
+        """Of a tensor or a run of its elements, in the base's dtype and back from the device."""
+        merged = mean(experts) if self.rule(name)[1] else self.method.merge(name, base, experts, facts)
+        if merged.shape != base.shape:
+            raise InputError(f"expected {tuple(base.shape)} from the merge of {name!r}, got {tuple(merged.shape)}")
+        dtype = self.base.dtype(name)
+        stored = merged.to("cpu", dtype)
+        if not is_finite(stored):
+            where = f", which {dtype} cannot hold" if is_finite(merged) else ""
+            raise InputError(f"expected a finite merge of {name!r}, got NaN or infinity{where}")
+        return stored
+
+
+def merge_states(
+    method: MergeMethod, base: StateDict, experts: Sequence[StateDict], is_shared: Callable[[str], bool] = lambda name: True
+) -> tuple[StateDict, list[TensorRow]]:
+    """Merge state dicts that lie in memory.
+
+    Returns:
+        The merged state dict in the order of the base's, and a row a tensor.
+    """
+    merged: StateDict = {}
+    sources = [InMemory(expert, f"expert {position}") for position, expert in enumerate(experts, 1)]
+    rows = Merging(method, InMemory(base, "the base"), sources, is_shared).run(merged.__setitem__)
+    return {name: merged[name] for name in base}, rows
+
+
+def spectral_share(method: MergeMethod, shapes: Mapping[str, tuple[int, ...]]) -> float:
+    """Share of the parameters that the method merges by their singular vectors, in [0, 1]."""
+    elements: Counter[str] = Counter()
+    for name, shape in shapes.items():
+        elements[method.path(name, shape)] += count(shape)
+    return elements["spectral"] / max(1, elements.total())
+
+
+def _is_changed(name: str, total: int, blocks: Blocks) -> bool:
+    """Whether any expert differs from the base; a glance at the first elements nearly always tells."""
+    runs = itertools.chain([(0, min(total, GLANCE))], ((start, total) for start in blocks.starts(total)))
+    found = (blocks.read(name, start, stop) for start, stop in runs)
+    return any(not all(torch.equal(base, expert) for expert in experts) for base, *experts in found)
