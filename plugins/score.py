@@ -40,6 +40,8 @@ RELEASED = ScoreConfig(sigma_divisor="domains", statistics="all", signs="raw", r
 class Score(SpectralMerge[ScoreConfig]):
     """Project every delta onto a shared basis, prune couplings that stand out, add up."""
 
+    shares_rank = True
+
     def merge_matrices(self, deltas: Sequence[Tensor]) -> Tensor:
         """(m, n) the merged delta."""
         return score(deltas, self.config)

@@ -14,7 +14,7 @@ from shiftproof.benchmark.analysis.deltas import Deltas, Progress, silent
 from shiftproof.benchmark.cache import Cache
 from shiftproof.benchmark.context import RunContext
 from shiftproof.benchmark.contracts import StrategySpec
-from shiftproof.benchmark.errors import InputError
+from shiftproof.benchmark.errors import InputError, NotFiniteError
 from shiftproof.benchmark.experiences import DataExperience, EvalSet, Experience, ExpertExperience, GroupedExperience
 from shiftproof.benchmark.merging.sources import InMemory
 from shiftproof.benchmark.models import Model
@@ -175,4 +175,7 @@ def _expert(
         return one
     plain = one.without_groups() if isinstance(one, GroupedExperience) else one
     spec, _, _ = registry.strategy(lifting.EXPERT_TRAINER)
-    return lifting.expert_for(plain, fold, stream, spec, trainer["code_sha256"], context)
+    try:
+        return lifting.expert_for(plain, fold, stream, spec, trainer["code_sha256"], context)
+    except NotFiniteError as error:
+        raise InputError(f"expected an expert on {one.name!r}, got: {error}; choose another --set recipe.lr") from error

@@ -33,6 +33,8 @@ class IsoCtsConfig(SpectralRouteConfig):
 class Tsv(SpectralMerge[SpectralRouteConfig]):
     """TSV-M: the leading 1/D of each expert's singular triplets, with the vectors of all experts made orthogonal."""
 
+    shares_rank = True
+
     def merge_matrices(self, deltas: Sequence[Tensor]) -> Tensor:
         """(m, n) U_perp diag(s) V_perp^T."""
         return tsv(deltas, self.config.route)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -32,6 +33,8 @@ class SpectralMerge(MergeStrategy[C]):
     Matrices are summed where the rest is averaged; that is how the papers have it.
     """
 
+    shares_rank = False  # each expert keeps 1/D of the singular vectors
+
     @abstractmethod
     def merge_matrices(self, deltas: Sequence[Tensor]) -> Tensor:
         """(m, n) the merged delta, without lambda.
@@ -45,6 +48,16 @@ class SpectralMerge(MergeStrategy[C]):
         is_matrix = len(shape) == 2 or (len(shape) > 2 and self.config.conv == "matrix")
         is_excluded = any(part in name for part in self.config.exclude)
         return "spectral" if is_matrix and not is_excluded and 0 not in shape else "average"
+
+    def refusal(self, name: str, shape: Sequence[int], experts: int) -> str:
+        """Where 1/D of the rank is less than one singular vector."""
+        rank = min(shape[0], math.prod(shape[1:])) if shape else 0
+        if not self.shares_rank or self.path(name, shape) != "spectral" or rank >= experts:
+            return ""
+        return (
+            f"expected at most {rank} experts for {name!r} of shape {tuple(shape)}, got {experts}: "
+            f"there is less than one singular vector for each; leave it to the mean with --set exclude={name}"
+        )
 
     def merge(self, name: str, base: Tensor, experts: Sequence[Tensor], facts: Any) -> Tensor:
         """(...) base plus lambda times the merged delta."""

@@ -65,6 +65,10 @@ class MergeStrategy(ABC, Generic[C]):
         """How a tensor is merged, for reports."""
         return "elementwise"
 
+    def refusal(self, name: str, shape: Sequence[int], experts: int) -> str:
+        """Why so many checkpoints cannot be merged in a tensor, and what to do; empty if they can."""
+        return ""
+
     def scan(self, name: str, base: Tensor, experts: Sequence[Tensor], facts: Any) -> Any:
         """What one tensor contributes to this pass; never called where `rounds` is 0."""
         return None

@@ -191,3 +191,17 @@ def test_running_statistics_can_be_recomputed_on_the_experts_data(tmp_path: Path
     torch.testing.assert_close(net.backbone.norm.running_mean, torch.stack(means).mean(0))
     weight = merged("weight-average", run, learned).state_dict()["backbone.stem.weight"]
     assert torch.equal(net.state_dict()["backbone.stem.weight"], weight)
+
+
+@pytest.mark.parametrize(
+    ("label", "experts", "refused"), [("score", 5, True), ("tsv", 5, True), ("score", 4, False), ("iso-c", 5, False)]
+)
+def test_more_experts_than_singular_vectors_are_refused_where_each_is_to_have_some(
+    label: str, experts: int, refused: bool
+) -> None:
+    spec, _, config = REGISTRY.strategy(label)
+    method = spec.build(config, None)  # type: ignore[arg-type]  # files are merged without a context
+    assert bool(method.refusal("weight", (4, 64), experts)) is refused  # type: ignore[attr-defined]
+    assert method.refusal("bias", (4,), experts) == ""  # type: ignore[attr-defined]
+    if refused:
+        assert "--set exclude=weight" in method.refusal("weight", (4, 64), experts)  # type: ignore[attr-defined]
