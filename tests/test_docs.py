@@ -92,8 +92,8 @@ def test_a_command_in_a_readme_does_what_it_should(readme: str, command: str, pl
 def test_the_merge_that_a_readme_prints_merges_checkpoints(place: Path) -> None:
     (example,) = (text for text in blocks(ROOT / "plugins" / "README.md", "python") if "MedianConfig" in text)
     (place / "median.py").write_text(example)
-    files = ["--base", "base.safetensors", "--expert", "a.safetensors", "--expert", "b.safetensors", "--out", "median.safetensors"]
-    done = shell([SHIFTPROOF, "merge", "median", "--plugin", "median.py", *files], place)
+    files = "--base base.safetensors --expert a.safetensors --expert b.safetensors --out median.safetensors"
+    done = shell([SHIFTPROOF, "merge", "median", "--plugin", "median.py", *files.split()], place)
     assert done.returncode == 0, done.stderr
     base, *experts = (load_file(place / f"{name}.safetensors")["weight"] for name in ("base", "a", "b"))
     lower = torch.minimum(experts[0] - base, experts[1] - base)  # torch's median of two is the lower one

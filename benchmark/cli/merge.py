@@ -57,11 +57,13 @@ def merge(
     files = [file for item in located for file in item.files]
     with nullcontext() if dry_run else Hashing(files, max(1, jobs - 1)) as hashing:
         from shiftproof.benchmark.merging.checkpoints import check_alike, opened  # torch, from here on
+        from shiftproof.benchmark.merging.disk import check_refusals
 
         built, made = _method(method, overrides, plugin, chosen_device(device), dtype)
         with opened(located) as checkpoints:
             check_alike(checkpoints[0], checkpoints[1:])
             merging = _merging(built, made, checkpoints, jobs)
+            check_refusals(merging)
             if hashing is None:
                 _report_plan(merging, checkpoints)
             else:
@@ -78,7 +80,9 @@ def _merge(
     quiet: bool,
 ) -> None:
     from shiftproof.benchmark.merging.disk import merge_files
+    from shiftproof.benchmark.merging.pool import few_arenas
 
+    few_arenas()
     started = time.perf_counter()
     try:
         with _show_progress(merging, quiet) as progress:

@@ -9,6 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from shiftproof.benchmark.errors import InputError
 from shiftproof.benchmark.merging.checkpoints import Checkpoint
 from shiftproof.benchmark.merging.driver import IN_FLIGHT, RUN, Merging, Rule, TensorRow
 from shiftproof.benchmark.merging.inputs import Located
@@ -58,6 +59,15 @@ class Cost:
     written: int
     passes: int
     memory: int
+
+
+def check_refusals(merging: Merging) -> None:
+    """Raises InputError where the method has no answer for a tensor of that shape and so many experts."""
+    for name in merging.base.names():
+        _, why = merging.rule(name)
+        reason = merging.method.refusal(name, merging.base.shape(name), len(merging.experts)) if not why else ""
+        if reason:
+            raise InputError(reason)
 
 
 def cost_of(merging: Merging, base: Checkpoint) -> Cost:

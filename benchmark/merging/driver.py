@@ -23,7 +23,7 @@ STATISTICS = ("running_mean", "running_var")  # of normalization layers; a sum o
 SAME = "no expert differs from the base"
 RUN = 1 << 20  # elements that `scan` is handed at a time: each call has a cost of its own, such as a histogram
 GLANCE = 1 << 10  # elements
-IN_FLIGHT = 128 * 2**20  # bytes of base and experts that a thread holds, more or less, unless one tensor alone has more
+IN_FLIGHT = 128 * 2**20  # bytes for each thread that all of them share, unless one tensor alone takes more
 
 
 @dataclass(frozen=True)
@@ -147,10 +147,11 @@ class Merging:
         return bool(why) or (rule != "spectral" and bool(getattr(self.method, "blockwise", False)))
 
     def held(self, name: str, run: int | None = None) -> int:
-        """Bytes of base and experts that are in memory while a tensor is merged, `run` elements at a time where it may be."""
+        """Bytes while a tensor is merged, `run` elements at a time where it may be; half as much again for singular vectors."""
         elements = count(self.base.shape(name))
         each = min(elements, run) if run and self.in_blocks(name) else elements
-        return self._dtype(name).itemsize * each * (2 + len(self.experts))
+        held = self._dtype(name).itemsize * each * (2 + len(self.experts))
+        return held * 3 // 2 if self.rule(name)[0] == "spectral" else held
 
     def _dtype(self, name: str) -> torch.dtype:
         return self.dtype or (torch.float64 if self.base.dtype(name) == torch.float64 else torch.float32)

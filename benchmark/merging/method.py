@@ -28,6 +28,10 @@ class MergeMethod(Protocol):
         """How a tensor of that name and shape is merged."""
         ...
 
+    def refusal(self, name: str, shape: Sequence[int], experts: int) -> str:
+        """Why so many checkpoints cannot be merged in a tensor, and what to do; empty if they can."""
+        ...
+
     def scan(self, name: str, base: Tensor, experts: Sequence[Tensor], facts: Any) -> Any:
         """What one tensor contributes to the statistics of this pass.
 

@@ -2,73 +2,84 @@
 
 from __future__ import annotations
 
+import ctypes
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from typing import TypeVar
 
 import torch
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
+_ARENA_MAX = -8  # M_ARENA_MAX of glibc's malloc.h
+
 T = TypeVar("T")
 R = TypeVar("R")
-
-
-class Budget:
-    """Lets items in, in their order, as long as they fit; one that never fits goes alone."""
-
-    def __init__(self, limit: int, slots: int) -> None:
-        self._limit, self._slots = limit, slots
-        self._held: list[int] = []
-        self._changed = threading.Condition()
-
-    def enter(self, cost: int) -> None:
-        """Wait for room."""
-        with self._changed:
-            self._changed.wait_for(lambda: not self._held or self._fits(cost))
-            self._held.append(cost)
-
-    def leave(self, cost: int) -> None:
-        """Make room."""
-        with self._changed:
-            self._held.remove(cost)
-            self._changed.notify_all()
-
-    def _fits(self, cost: int) -> bool:
-        return len(self._held) < self._slots and sum(self._held) + cost <= self._limit
 
 
 def mapped(function: Callable[[T], R], items: Sequence[T], cost: Callable[[T], int], jobs: int, limit: int) -> list[R]:
     """`function` of every item, in their order, by `jobs` threads that hold at most `limit` bytes together.
 
-    The first error ends it: what has begun is finished, nothing else begins.
+    Of the items that are left the first that fits goes next; one that never fits goes alone. The first error ends it: what has
+    begun is finished, nothing else begins.
 
     Args:
         cost: Bytes that an item holds while it is worked on.
     """
     if jobs == 1:
         return [function(item) for item in items]
-    budget, failed = Budget(limit, jobs), threading.Event()
+    costs = [cost(item) for item in items]
+    held: dict[int, int] = {}
+    changed, failed = threading.Condition(), threading.Event()
+    futures: dict[int, Future[R]] = {}
 
-    def work(item: T) -> R:
+    def work(position: int) -> R:
         try:
-            return function(item)
+            return function(items[position])
         except BaseException:
             failed.set()
             raise
         finally:
-            budget.leave(cost(item))
+            if costs[position] > limit // jobs:
+                _give_back()
+            with changed:
+                del held[position]
+                changed.notify()
 
-    futures: list[Future[R]] = []
+    def fitting(pending: Sequence[int]) -> int | None:
+        room = limit - sum(held.values())
+        return next((position for position in pending if not held or (len(held) < jobs and costs[position] <= room)), None)
+
+    pending = list(range(len(items)))
     # torch counts its threads anew in each of ours
-    with ThreadPoolExecutor(jobs, initializer=lambda: torch.set_num_threads(1)) as pool:
-        for item in items:
-            budget.enter(cost(item))
-            if failed.is_set():
-                break
-            futures.append(pool.submit(work, item))
-    return [future.result() for future in futures]
+    with ThreadPoolExecutor(jobs, initializer=partial(torch.set_num_threads, 1)) as pool, changed:
+        while pending and not failed.is_set():
+            if (position := fitting(pending)) is None:
+                changed.wait()
+                continue
+            pending.remove(position)
+            held[position] = costs[position]
+            futures[position] = pool.submit(work, position)
+    return [futures[position].result() for position in sorted(futures)]
+
+
+def few_arenas() -> None:
+    """Let the threads of this process share one heap: what one has freed another can use. Before any of them starts."""
+    _call_libc("mallopt", _ARENA_MAX, 1)
+
+
+def _give_back() -> None:
+    """Return to the system what was freed; the allocator would keep it for the next tensor of that size."""
+    _call_libc("malloc_trim", 0)
+
+
+def _call_libc(name: str, *arguments: int) -> None:
+    function = getattr(ctypes.CDLL(None), name, None) if sys.platform == "linux" else None
+    if function is not None:  # musl has neither
+        function(*arguments)
 
 
 @contextmanager

@@ -33,6 +33,7 @@ class SpectralMerge(MergeStrategy[C]):
     Matrices are summed where the rest is averaged; that is how the papers have it.
     """
 
+    streams = True
     shares_rank = False  # each expert keeps 1/D of the singular vectors
 
     @abstractmethod

@@ -37,9 +37,17 @@ class MergeStrategy(ABC, Generic[C]):
 
     Args:
         context: Of the run; None where checkpoints are merged.
+
+    Attributes:
+        rounds: Passes over all tensors before the merge.
+        blockwise: `scan` and `merge` may be given runs of a flattened tensor, one after another: nothing depends on shape,
+            position or the rest of the tensor.
+        streams: `merge` goes over `experts` once and in order, so that files are read one expert at a time.
     """
 
     rounds: int = 0
+    blockwise: bool = False
+    streams: bool = False
 
     def __init__(self, config: C, context: RunContext | None = None) -> None:
         self.config = config

@@ -1,11 +1,11 @@
 """Merges from disk to disk: `python tests/benchmarks/bench_merge_disk.py [--mergekit PATH] [--methods a,b] [--experts 5]`.
 
-Makes a base and experts of the size of CLIP's ViT-B/32 visual tower (float32, 351 MB each, random weights) in a temporary
-folder, which needs 2.5 GB of disk. Everything is then measured in this order with the files in the page cache: reading all and
-writing one file, as a bare loop that also brings the output to the disk; `shiftproof merge`, each method in a process of its own;
-and, where its command is found, mergekit-pytorch on the same files. mergekit pins other packages, so it wants an environment of
-its own: name its command with --mergekit. Of several repeats the fastest counts. Load averages are printed: on a machine where
-something else runs, quote ratios of neighbouring lines at most.
+Makes a base and experts of the size of CLIP's ViT-B/32 visual tower (float32, 351 MB each, random weights) in a
+temporary folder, which needs 2.5 GB of disk. Everything is then measured in this order with the files in the page
+cache: reading all and writing one file, as a bare loop that also brings the output to the disk; `shiftproof merge`,
+each method in a process of its own; and, where its command is found, mergekit-pytorch on the same files. mergekit pins
+other packages, so it wants an environment of its own: name its command with --mergekit. Of several repeats the fastest
+counts. Load averages are printed: on a machine where something else runs, quote ratios of neighbouring lines at most.
 """
 
 from __future__ import annotations
@@ -76,8 +76,8 @@ def shapes() -> dict[str, tuple[int, ...]]:
     return found | {f"ln_{which}.{part}": (w,) for which in ("pre", "post") for part in ("weight", "bias")}
 
 
-def make(folder: Path, experts: int) -> list[Path]:
-    """A base, and experts whose differences from it share a part and have one of their own."""
+def make(folder: Path, experts: int) -> None:
+    """Write a base, and experts whose differences from it share a part and have one of their own."""
     import torch
     from safetensors.torch import save_file
 
@@ -87,13 +87,11 @@ def make(folder: Path, experts: int) -> list[Path]:
         return {name: scale * torch.randn(shape, generator=generator) for name, shape in shapes().items()}
 
     base, common = noise(0.02), noise(5e-4)
-    files = [folder / "base.safetensors"]
-    save_file(base, files[0], {"format": "pt"})
+    save_file(base, folder / "base.safetensors", {"format": "pt"})
     for position in range(experts):
         own = noise(1e-3)
-        files.append(folder / f"expert-{position}.safetensors")
-        save_file({name: base[name] + common[name] + own[name] for name in base}, files[-1], {"format": "pt"})
-    return files
+        expert = {name: base[name] + common[name] + own[name] for name in base}
+        save_file(expert, folder / f"expert-{position}.safetensors", {"format": "pt"})
 
 
 def measured(command: Sequence[str | Path], repeats: int = 1) -> Run:
@@ -137,7 +135,11 @@ def main() -> None:
     parser.add_argument("--methods", default="task-arithmetic,ties,score,tsv")
     parser.add_argument("--experts", type=int, default=5)
     parser.add_argument("--repeats", type=int, default=3, help="of what takes seconds; mergekit, score and tsv run once")
+    parser.add_argument("--make", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if arguments.make:
+        make(arguments.make, arguments.experts)
+        return
     subprocess.run(
         [sys.executable, "-c", OURS, "list", "strategies"], check=True, stdout=subprocess.DEVNULL
     )  # a warm catalogue
@@ -145,7 +147,9 @@ def main() -> None:
     print(f"importing torch: {torch_alone.seconds:.1f} s, {torch_alone.megabytes:.0f} MB, load {torch_alone.load:.1f}")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        files = make(folder, arguments.experts)
+        # In a process of its own: on Linux the largest resident set of a child begins with that of its parent.
+        subprocess.run([sys.executable, __file__, "--make", folder, "--experts", str(arguments.experts)], check=True)
+        files = [folder / "base.safetensors", *sorted(folder.glob("expert-*.safetensors"))]
         print(f"files: {len(files)} of {files[0].stat().st_size / 1e6:.0f} MB, {os.cpu_count()} processors")
         bare = measured([sys.executable, "-c", READ_AND_WRITE, *files, folder / "copy"], arguments.repeats)
         print(f"reading all and writing one: {bare.printed.strip()}, load {bare.load:.1f}")

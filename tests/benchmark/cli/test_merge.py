@@ -46,6 +46,12 @@ class Whole(Mean):
     def path(self, name, shape):
         return "spectral" if len(shape) == 2 else "average"
 
+class Few(Whole):
+    "Has an answer for as many experts as the matrix has rows."
+    def refusal(self, name, shape, experts):
+        few = len(shape) == 2 and shape[0] < experts
+        return f"expected at most {shape[0]} experts for {name!r} of shape {shape}, got {experts}; drop some" if few else ""
+
 class Norm(Mean):
     "Divides by the largest delta of all tensors."
     rounds = 1
@@ -80,21 +86,24 @@ def spec(name, build, **facts):
 @hookimpl
 def shiftproof_strategies():
     return [
-        spec("mean", Mean, presets={"half": ScaleConfig(0.5)}), spec("whole", Whole), spec("norm", Norm),
+        spec("mean", Mean, presets={"half": ScaleConfig(0.5)}), spec("whole", Whole), spec("few", Few), spec("norm", Norm),
         spec("killed", Killed), spec("refusing", Refusing), spec("stopped", Stopped), spec("reference", Reference),
         spec("fisher-toy", Mean, needs_data=True), spec("absent-merge", Mean, unavailable="needs shiftproof[clip]"),
         spec("learner", Mean, consumes=DataExperience),
     ]
 """
 
-# Largest resident set of the process itself, in MiB, after the command has ended.
+# The largest resident set since this program began, in MiB, after the command has ended. What getrusage tells would begin with
+# that of the process which started this one, and that is larger.
 PROBE = """
-import resource, sys
+import re, sys
+from pathlib import Path
 from shiftproof.benchmark.cli.main import main
 try:
     main()
 finally:
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, *sorted(set(m.split(".")[0] for m in sys.modules)))
+    kilobytes = int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1])
+    print(kilobytes / 1024, *sorted(set(m.split(".")[0] for m in sys.modules)))
 """
 HEAVY = {"faiss", "sklearn", "avalanche", "torchvision", "matplotlib", "tensorboard", "wilds"}
 
@@ -407,6 +416,13 @@ def test_one_expert_is_too_few(plugin: Path, folder: Path) -> None:
     files = save(folder, [state(seed) for seed in range(2)])
     message = "expected two experts or more, got 1; give --expert once for each"
     assert message in refused("mean", *options(plugin, files, folder / "out.safetensors"))
+
+
+def test_more_experts_than_the_method_has_an_answer_for_are_refused(plugin: Path, folder: Path) -> None:
+    files = save(folder, [state(seed, side=3) for seed in range(6)])
+    message = "expected at most 3 experts for 'weight' of shape (3, 3), got 5"
+    assert message in refused("few", *options(plugin, files, folder / "out.safetensors"))
+    assert call("few", *options(plugin, files[:4], folder / "out.safetensors")).exit_code == 0
 
 
 class Harmful:

@@ -142,6 +142,9 @@ class Largest:
     def path(self, name: str, shape: Sequence[int]) -> Literal["spectral", "elementwise"]:
         return "spectral" if len(shape) == 2 else "elementwise"
 
+    def refusal(self, name: str, shape: Sequence[int], experts: int) -> str:
+        return ""
+
     def scan(self, name: str, base: Tensor, experts: Sequence[Tensor], facts: Any) -> float:
         return max(float((expert - base).abs().max()) for expert in experts) if facts is None else 1.0
 
@@ -163,6 +166,9 @@ class Counting:
 
     def path(self, name: str, shape: Sequence[int]) -> Literal["elementwise"]:
         return "elementwise"
+
+    def refusal(self, name: str, shape: Sequence[int], experts: int) -> str:
+        return ""
 
     def scan(self, name: str, base: Tensor, experts: Sequence[Tensor], facts: Any) -> int:
         return base.numel()
@@ -281,6 +287,45 @@ def test_reading_happens_in_the_threads_that_merge(summing: Any, states: Any) ->
     collected = Collected(made[0])
     Merging(summing(), sources[0], sources[1:], jobs=2).run(collected.write, write_part=collected.write_part)
     assert threading.main_thread().name not in seen
+
+
+class Logged(InMemory):
+    """Notes what is alive at once: a read that is not yet followed by another."""
+
+    log: list[str] = []  # noqa: RUF012
+
+    def read(self, name: str) -> Tensor:
+        Logged.log.append(self.label)
+        return super().read(name)
+
+
+@pytest.mark.parametrize("streams", [True, False])
+def test_experts_are_read_when_their_turn_comes_where_a_method_allows_it(summing: Any, states: Any, streams: bool) -> None:
+    class Streaming(type(summing())):  # type: ignore[misc]  # a class that comes from a fixture
+        def merge(self, name: str, base: Tensor, experts: Sequence[Tensor], facts: Any) -> Tensor:
+            Logged.log.append("merge")
+            return Tensor(super().merge(name, base, experts, facts))
+
+    Streaming.streams = streams
+    made = [{"w": state["fc.weight"]} for state in states(3)]
+    wanted, _ = merge_states(summing(), made[0], made[1:])
+    Logged.log = []
+    collected = Collected(made[0])
+    base, *experts = (Logged(state, str(position)) for position, state in enumerate(made))
+    Merging(Streaming(), base, experts).run(collected.write)
+    assert torch.equal(collected.state["w"], wanted["w"])
+    position = Logged.log.index("merge")
+    assert Logged.log[position + 1 :] == (["1", "2", "3"] if streams else [])
+
+
+def test_a_value_that_is_not_finite_is_refused_where_experts_are_read_in_turn(summing: Any, states: Any) -> None:
+    class Streaming(type(summing())):  # type: ignore[misc]  # a class that comes from a fixture
+        streams = True
+
+    made = states(3)
+    made[3]["fc.weight"][0, 0] = float("nan")
+    with pytest.raises(InputError, match=r"NaN or infinity in 'fc\.weight' of expert 3"):
+        merge_states(Streaming(), made[0], made[1:])
 
 
 def test_the_mean_leaves_its_arguments_alone() -> None:

@@ -41,6 +41,21 @@ def test_what_is_held_together_stays_within_the_limit() -> None:
     assert 2 <= watch.together <= 4
 
 
+def test_a_small_item_goes_before_a_large_one_that_does_not_fit() -> None:
+    begun = []
+    gate = threading.Event()
+
+    def work(item: int) -> int:
+        begun.append(item)
+        if item == 1:
+            gate.set()
+        assert item != 8 or gate.wait(5)
+        return item
+
+    assert mapped(work, [8, 7, 1], int, 2, 10) == [8, 7, 1]
+    assert begun == [8, 1, 7]
+
+
 def test_an_item_above_the_limit_goes_alone() -> None:
     watch = Watch()
     assert mapped(watch.work, [50, 1, 1], int, 3, 10) == [50, 1, 1]
