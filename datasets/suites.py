@@ -44,7 +44,7 @@ MERGES = (
     "score@off-diagonal",
     "score@full-matrix",
 )
-LEARNERS = ("sgd", "joint", "er", "clusterfix", "lws")
+LEARNERS = ("sgd", "joint", "er", "clusterfix")
 STREAMS = ("b-digits", "split-digits", "split-digits-class", *(f"digits-offline-{name}" for name in NAMES))
 
 
