@@ -108,11 +108,12 @@ class CellRun:
         """The experience itself, or the expert that was fine-tuned on it."""
         cell = self.cell
         if isinstance(experience, DataExperience) and lifting.is_lifted(cell.spec, cell.stream):
-            before = time.monotonic()
+            before, started = time.monotonic(), self.started
             trainer, _, _ = self.registry.strategy(lifting.EXPERT_TRAINER)
             code_sha256 = cell.identity["experts"]["code_sha256"]
             experience = lifting.expert_for(experience, fold, cell.stream, trainer, code_sha256, self.context)
-            self.started += time.monotonic() - before  # other cells share it
+            # Other cells share it. The base, which may have been made on the way, has moved the start already.
+            self.started = started + time.monotonic() - before
         return lifting.visible_expert(cell.spec, cell.config, experience)
 
     def _learn(self, strategy: Any, experience: Experience, position: int) -> dict[str, float]:

@@ -17,11 +17,12 @@ import torch
 from sklearn.metrics import accuracy_score
 
 from shiftproof.benchmark.boards.verification import record_problems
-from shiftproof.benchmark.contracts import MetricSpec
+from shiftproof.benchmark.cache import Cache
+from shiftproof.benchmark.contracts import MetricSpec, SuiteSpec
 from shiftproof.benchmark.errors import InputError, OutputError
 from shiftproof.benchmark.records import RecordStore, RunRecord, RunRequest, sha256
-from shiftproof.benchmark.registry.lookup import Observers, Registry
-from shiftproof.benchmark.running.matrix import Plan
+from shiftproof.benchmark.registry.lookup import Observers, Registry, load_registry
+from shiftproof.benchmark.running.matrix import Plan, plan
 from shiftproof.benchmark.running.runner import CellRun, run_cell
 
 Run = Callable[..., RunRecord]
@@ -402,3 +403,15 @@ def test_a_base_file_that_does_not_fit_is_wrong_input_and_not_a_failed_cell(plan
 def test_requests_are_values() -> None:
     assert RunRequest("a", "b", 0) == RunRequest("a", "b", 0)
     assert len({RunRequest("a", "b", 0), RunRequest("a", "b", 0), RunRequest("a", "b", 1)}) == 2
+
+
+def test_making_experts_is_no_part_of_a_cells_time(tmp_path: Path) -> None:
+    registry = load_registry(("fine-tuning", "references"), [Path(__file__).parents[2] / "toys.py"])
+    (cell,) = plan(registry, SuiteSpec("merging", "", ("tiny",), ("ensemble",), (0,))).cells
+    before = time.monotonic()
+    records = [run_cell(cell, registry, tmp_path / name, Cache(tmp_path / "cache")) for name in ("made", "cached")]
+    elapsed = time.monotonic() - before
+    assert [record.cost["experts_trained"] for record in records] == [2, 0]
+    assert [record.cost["experts_reused"] for record in records] == [0, 2]
+    assert all(0 <= record.cost["train_seconds"] < elapsed for record in records)
+    assert records[0].results_sha256 == records[1].results_sha256
