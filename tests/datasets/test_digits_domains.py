@@ -1,7 +1,9 @@
 """Leave one rendition of the digits out: what the stream holds, and who sees what."""
 
+import json
 from dataclasses import replace
 from itertools import combinations
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -109,3 +111,15 @@ def test_a_dot_is_thickened_outlined_hatched_and_slanted() -> None:
     strokes = [int(hatched(np.roll(dot, step, axis=2), still).max() > 0) for step in range(4)]
     assert strokes == [1, 1, 0, 0]  # 12 + 8 is a multiple of 4
     assert np.argwhere(slanted(dot, still)[0, 0] > 0).tolist() == [[12, 6]]
+
+
+def test_the_committed_board_keeps_within_the_bounds_of_the_calibration() -> None:
+    folder = Path(__file__).parents[2] / "leaderboards" / "runs" / "domains" / "records"
+    records = [json.loads(file.read_text()) for file in folder.glob("*.json")]
+    seen: dict[str, list[float]] = {"zero-shot": [], "experts": []}
+    for record in records:
+        if record["label"] in seen:
+            seen[record["label"]].append(record["metrics"]["average"]["value"])
+    assert len(seen["zero-shot"]) == len(seen["experts"]) == 3 * len(DOMAINS)
+    assert max(seen["zero-shot"]) <= 0.6
+    assert min(seen["experts"]) >= 0.9
