@@ -120,9 +120,13 @@ def state_sha256(state: StateDict) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(state.items()):
         digest.update(f"{name}/{tensor.dtype}/{tuple(tensor.shape)}".encode())
-        # As bytes, because numpy has no bfloat16.
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        digest.update(tensor_bytes(tensor))
     return digest.hexdigest()
+
+
+def tensor_bytes(tensor: torch.Tensor) -> memoryview:
+    """A tensor's values as bytes, because numpy has no bfloat16."""
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def visible_expert(spec: StrategySpec[Any], config: Any, experience: Experience) -> Experience:

@@ -83,20 +83,13 @@ def barlow_twins(recipe: BaseRecipe, backbone: nn.Module, inputs: Sequence[Tenso
             nn.Linear(width, recipe.dim, bias=False), nn.BatchNorm1d(recipe.dim), nn.ReLU(), nn.Linear(recipe.dim, recipe.dim)
         )
     net = nn.Sequential(backbone, projector).to(device).train()
-    optimizer = torch.optim.Adam(net.parameters(), lr=recipe.lr)
-    batches = len(x) // recipe.batch_size or 1
-    for epoch in range(recipe.epochs):
-        generator = torch.Generator().manual_seed(derive_seed(recipe.seed, "barlow-twins", epoch))
-        order = torch.randperm(len(x), generator=generator)
-        for step in range(batches):
-            progress = (epoch * batches + step) / (recipe.epochs * batches)
-            optimizer.param_groups[0]["lr"] = recipe.lr * (1 + math.cos(math.pi * progress)) / 2
-            batch = as_float(x[order[step * recipe.batch_size : (step + 1) * recipe.batch_size]])
-            views = [net(random_view(batch, generator).to(device)) for _ in range(2)]
-            loss = redundancy_loss(views[0], views[1], recipe.redundancy)
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            optimizer.step()
+
+    def loss(index: Tensor, generator: torch.Generator) -> Tensor:
+        batch = as_float(x[index])
+        views = [net(random_view(batch, generator).to(device)) for _ in range(2)]
+        return redundancy_loss(views[0], views[1], recipe.redundancy)
+
+    _descend(recipe, "barlow-twins", net, len(x), loss)
     return _finite(backbone.cpu().state_dict(), recipe)
 
 
@@ -113,23 +106,33 @@ def supervised(recipe: BaseRecipe, backbone: nn.Module, data: ArrayData, device:
         torch.manual_seed(derive_seed(recipe.seed, "head"))
         model = Model(backbone, {0: int(data.y.max()) + 1})
     model.to(device).train()
-    optimizer = torch.optim.Adam(model.parameters(), lr=recipe.lr)
-    batches = len(data) // recipe.batch_size or 1
-    for epoch in range(recipe.epochs):
-        generator = torch.Generator().manual_seed(derive_seed(recipe.seed, "supervised", epoch))
-        order = torch.randperm(len(data), generator=generator)
-        for step in range(batches):
-            progress = (epoch * batches + step) / (recipe.epochs * batches)
-            optimizer.param_groups[0]["lr"] = recipe.lr * (1 + math.cos(math.pi * progress)) / 2
-            index = order[step * recipe.batch_size : (step + 1) * recipe.batch_size]
-            x = random_light(random_view(data.inputs(index), generator), generator)
-            loss = F.cross_entropy(model(x.to(device), 0), data.y[index].to(device))
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            optimizer.step()
+
+    def loss(index: Tensor, generator: torch.Generator) -> Tensor:
+        x = random_light(random_view(data.inputs(index), generator), generator)
+        return F.cross_entropy(model(x.to(device), 0), data.y[index].to(device))
+
+    _descend(recipe, "supervised", model, len(data), loss)
     model.cpu()
     heads = {name: tensor for name, tensor in model.state_dict().items() if name.startswith(HEADS)}
     return _finite({**backbone.state_dict(), **heads}, recipe)
+
+
+def _descend(
+    recipe: BaseRecipe, purpose: str, net: nn.Module, samples: int, loss: Callable[[Tensor, torch.Generator], Tensor]
+) -> None:
+    """Adam with half a cosine on whole batches; `loss` is handed the (B,) samples of a batch and the epoch's generator."""
+    optimizer = torch.optim.Adam(net.parameters(), lr=recipe.lr)
+    batches = samples // recipe.batch_size or 1
+    for epoch in range(recipe.epochs):
+        generator = torch.Generator().manual_seed(derive_seed(recipe.seed, purpose, epoch))
+        order = torch.randperm(samples, generator=generator)
+        for step in range(batches):
+            progress = (epoch * batches + step) / (recipe.epochs * batches)
+            optimizer.param_groups[0]["lr"] = recipe.lr * (1 + math.cos(math.pi * progress)) / 2
+            value = loss(order[step * recipe.batch_size : (step + 1) * recipe.batch_size], generator)
+            optimizer.zero_grad(set_to_none=True)
+            value.backward()
+            optimizer.step()
 
 
 def random_light(x: Tensor, generator: torch.Generator) -> Tensor:

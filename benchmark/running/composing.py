@@ -50,22 +50,7 @@ def compose(
             "entry_point": origin.entry_point,
             "code_sha256": cell.identity["code_sha256"],
         },
-        protocol={
-            "scenario": str(stream.scenario),
-            "evaluate": stream.evaluate,
-            "uses_group_labels": spec.uses_group_labels,
-            "uses_bias_knowledge": spec.uses_bias_knowledge,
-            "needs_data": needs_data(spec, cell.config),
-            "uses_target": spec.uses_target,
-            "consumes": spec.consumes.__name__,
-            "selection": stream.selection,
-            "recipe": stream.recipe.name,
-            "backbone": stream.base.backbone,
-            "base_sha256": stream.base_sha256,
-            "base_weights_sha256": run.base_weights_sha256,
-            "tier": stream.tier,
-            "custom": cell.request.custom,
-        },
+        protocol=_protocol(run),
         data={
             "data_sha256": stream.data_sha256,
             "split_sha256": stream.split_sha256,
@@ -87,6 +72,27 @@ def compose(
         },
         error=error,
     )
+
+
+def _protocol(run: CellRun) -> dict[str, Any]:
+    """The rules of the run."""
+    stream, spec, cell = run.cell.stream, run.cell.spec, run.cell
+    return {
+        "scenario": str(stream.scenario),
+        "evaluate": stream.evaluate,
+        "uses_group_labels": spec.uses_group_labels,
+        "uses_bias_knowledge": spec.uses_bias_knowledge,
+        "needs_data": needs_data(spec, cell.config),
+        "uses_target": spec.uses_target,
+        "consumes": spec.consumes.__name__,
+        "selection": stream.selection,
+        "recipe": stream.recipe.name,
+        "backbone": stream.base.backbone,
+        "base_sha256": stream.base_sha256,
+        "base_weights_sha256": run.base_weights_sha256,
+        "tier": stream.tier,
+        "custom": cell.request.custom,
+    }
 
 
 def measure(registry: Registry, results: Mapping[str, Any], ordered: bool) -> dict[str, Any]:

@@ -154,7 +154,9 @@ class CellRun:
             stream.base_data,
         )
         self.started += time.monotonic() - before
-        self.base_weights_sha256 = sha256({name: _bytes_sha256(tensor) for name, tensor in sorted(weights.items())})
+        self.base_weights_sha256 = sha256(
+            {name: hashlib.sha256(lifting.tensor_bytes(tensor)).hexdigest() for name, tensor in sorted(weights.items())}
+        )
         model = Model(build(stream.input_shape), stream.heads)
         model.heads.requires_grad_(not stream.frozen_heads)
         return model, weights
@@ -258,11 +260,6 @@ def _versions(experience: Experience) -> list[int]:
         return []
     groups = [experience.groups] if isinstance(experience, GroupedExperience) else []
     return [tensor._version for tensor in (experience.train.x, experience.train.y, *groups)]
-
-
-def _bytes_sha256(tensor: torch.Tensor) -> str:
-    # As bytes, because numpy has no bfloat16.
-    return hashlib.sha256(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data).hexdigest()
 
 
 def _pairs(pairs: Any) -> tuple[tuple[int, int], ...]:
