@@ -13,13 +13,13 @@ import torch
 
 from shiftproof.benchmark import lifting
 from shiftproof.benchmark.cache import Cache
-from shiftproof.benchmark.contracts import State
-from shiftproof.benchmark.experiences import ArrayData, EvalSet, GroupedExperience
+from shiftproof.benchmark.contracts import State, StrategySpec
+from shiftproof.benchmark.experiences import ArrayData, EvalSet, GroupedExperience, TransportExperience
 from shiftproof.benchmark.recipes import BaseRecipe, Recipe
 from shiftproof.benchmark.records import RunRecord, RunRequest
 from shiftproof.benchmark.registry.lookup import Registry, load_registry
 from shiftproof.benchmark.running.runner import Cell, CellRun, experts_of, identify, run_cell
-from shiftproof.benchmark.streams import Scenario, Stream, sequential
+from shiftproof.benchmark.streams import Fold, Scenario, Stream, sequential
 
 SAMPLES = 64  # of each experience
 
@@ -50,11 +50,21 @@ def check_strategy(label: str, files: Sequence[str | Path] = (), registry: Regis
     """
     registry = registry or load_registry(files=[Path(file) for file in files])
     spec, _, _ = registry.strategy(label)
-    reason = lifting.obstacle(spec, planted_stream())
+    reason = lifting.obstacle(spec, stream_for(spec))
     if reason:
         return [CheckResult("learns the planted stream", False, reason)]
     with tempfile.TemporaryDirectory() as folder:
         return list(_checks(_Kit(label, registry, Path(folder))))
+
+
+def stream_for(spec: StrategySpec[Any], permute_groups: bool = False) -> Stream:
+    """The planted stream; for strategies that transport, its second task is carried to a new release of the base."""
+    stream = planted_stream(permute_groups)
+    if spec.consumes is not TransportExperience:
+        return stream
+    (whole,) = stream.folds
+    fold = Fold("blocks", (replace(whole.train[1], index=0),), whole.evals[1:])
+    return replace(stream, scenario=Scenario.TRANSPORT, evaluate="last", folds=(fold,), release=replace(stream.base, seed=1))
 
 
 def planted_stream(permute_groups: bool = False) -> Stream:
@@ -141,7 +151,7 @@ class _Kit:
 
 
 def _checks(kit: _Kit) -> Iterator[CheckResult]:
-    spec, stream = kit.spec, planted_stream()
+    spec, stream = kit.spec, stream_for(kit.spec)
     yield CheckResult("has a reference", len(spec.reference) > 10, spec.reference)
     yield _attempt("presets are of the config's type", lambda: _presets(kit))
     record = kit.run(stream)
@@ -156,7 +166,7 @@ def _checks(kit: _Kit) -> Iterator[CheckResult]:
     again = kit.run(stream)
     yield _same("same seed, same result, with another cell in between", record, again)
     if record.identity["strategy"] and not spec.uses_group_labels:
-        yield _same("true groups permuted, same result", record, kit.run(planted_stream(permute_groups=True)))
+        yield _same("true groups permuted, same result", record, kit.run(stream_for(spec, permute_groups=True)))
     resumed = [kit.run_interrupted(stream, after) for after in (1, 6, 11)]
     if not any(killed for _, killed in resumed):
         yield CheckResult("goes on after a kill", True, "no checkpoints: an interrupted cell starts again")

@@ -17,7 +17,7 @@ import torch
 from shiftproof.benchmark.cache import Cache
 from shiftproof.benchmark.contracts import State
 from shiftproof.benchmark.experiences import StateDict
-from shiftproof.benchmark.models import HEADS, Model
+from shiftproof.benchmark.models import Model
 from shiftproof.benchmark.recipes import Recipe
 
 CHECKPOINT_SECONDS = 30.0
@@ -143,10 +143,8 @@ class RunContext:
         if self._prototype is None:
             # Building a network draws from the global generators; only the heads' draw is kept.
             with self.global_rng("init"):
-                model, backbone = self._base()
-            heads = {name: tensor for name, tensor in backbone.items() if name.startswith(HEADS)}
-            model.backbone.load_state_dict({name: tensor for name, tensor in backbone.items() if name not in heads})
-            model.load_state_dict(heads, strict=False)
+                model, weights = self._base()
+            model.load_base(weights)
             self._prototype = model.to(self.device)
         return deepcopy(self._prototype)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from shiftproof.benchmark.experiences import (
     GroupedExperience,
     JointExperience,
     StateDict,
+    TransportExperience,
 )
 from shiftproof.benchmark.models import HEADS, Model
 from shiftproof.benchmark.records import PROTOCOL_VERSION
@@ -28,6 +29,8 @@ def obstacle(spec: StrategySpec[Any], stream: Stream) -> str:
     """Why a strategy cannot learn a stream; empty if it can."""
     if spec.unavailable:
         return spec.unavailable
+    if stream.release is not None and spec.consumes is not TransportExperience:
+        return "the stream carries a fine-tuning to a new release"
     found = {type(experience) for fold in stream.folds for experience in fold.train}
     if issubclass(spec.consumes, DataExperience):
         if not all(issubclass(kind, DataExperience) for kind in found):
@@ -39,13 +42,16 @@ def obstacle(spec: StrategySpec[Any], stream: Stream) -> str:
         return ""
     if is_lifted(spec, stream) or all(issubclass(kind, spec.consumes) for kind in found):
         return ""
+    if spec.consumes is TransportExperience:
+        return "carries a fine-tuning to a new release, the stream has none"
     return f"consumes {spec.consumes.__name__}, the stream yields {', '.join(sorted(kind.__name__ for kind in found))}"
 
 
 def is_lifted(spec: StrategySpec[Any], stream: Stream) -> bool:
-    """True where the strategy consumes experts and the stream has data to fine-tune them on."""
+    """True where the strategy consumes experts, or the stream's kind of them, and the stream has data to fine-tune them on."""
     kinds = [type(experience) for fold in stream.folds for experience in fold.train]
-    return spec.consumes is ExpertExperience and all(issubclass(kind, DataExperience) for kind in kinds)
+    wanted = ExpertExperience if stream.release is None else TransportExperience
+    return spec.consumes is wanted and all(issubclass(kind, DataExperience) for kind in kinds)
 
 
 def lift(spec: StrategySpec[Any], fold: Fold) -> tuple[Experience, ...]:
@@ -105,8 +111,24 @@ def expert_for(
     expert = context.new_model()
     expert.load_state_dict(weights)
     shared = shared_names(base, [one.task for one in fold.train])
-    has_head = stream.base.kind == "supervised"
-    return ExpertExperience(experience.index, experience.name, experience.task, base, expert, shared, experience, has_head)
+    return ExpertExperience(
+        experience.index, experience.name, experience.task, base, expert, shared, experience, stream.base.has_head
+    )
+
+
+def carried_to(release: Model, expert: ExpertExperience) -> TransportExperience:
+    """The same expert, and the release that it should go to.
+
+    Shared is what both releases have of their own: the backbone, and the head of task 0 where they bring one.
+    """
+    own = f"{HEADS}0."
+    shared = {
+        name
+        for name in release.state_dict()
+        if not name.startswith(HEADS) or (expert.has_zero_shot_head and name.startswith(own))
+    }
+    facts = {field.name: getattr(expert, field.name) for field in fields(ExpertExperience)}
+    return TransportExperience(**{**facts, "shared": frozenset(shared)}, target_base=release)
 
 
 def shared_names(model: Model, tasks: Sequence[int]) -> frozenset[str]:

@@ -36,6 +36,12 @@ class Model(nn.Module):
         """Names in the state dict that are private to a task."""
         return frozenset(f"heads.{task}.{name}" for name in self.head(task).state_dict())
 
+    def load_base(self, weights: Mapping[str, Tensor]) -> None:
+        """Take over a backbone's weights, and those of the heads it brings ("heads.0.weight") that this model has."""
+        heads = {name: tensor for name, tensor in weights.items() if name.startswith(HEADS)}
+        self.backbone.load_state_dict({name: tensor for name, tensor in weights.items() if name not in heads})
+        self.load_state_dict(heads, strict=False)
+
     def features(self, x: Tensor) -> Tensor:
         """(B, D) float32 features of (B, ...) float32 inputs."""
         features: Tensor = self.backbone(x)

@@ -20,6 +20,8 @@ from shiftproof.benchmark.models import HEADS, Model
 from shiftproof.benchmark.recipes import BaseRecipe
 from shiftproof.benchmark.records import PROTOCOL_VERSION
 
+EMBEDDING_NORM = 2.0  # of a class embedding; features leave the backbone's last normalization with a norm near sqrt(D)
+
 
 def base_weights(
     recipe: BaseRecipe,
@@ -96,6 +98,8 @@ def barlow_twins(recipe: BaseRecipe, backbone: nn.Module, inputs: Sequence[Tenso
 def supervised(recipe: BaseRecipe, backbone: nn.Module, data: ArrayData, device: torch.device) -> StateDict:
     """Pre-train with labels on views that move, scale, rotate, cut out, blur and change contrast and brightness.
 
+    Against class embeddings the head is `class_embeddings` and is not trained.
+
     Returns:
         The backbone's state dict, and the head's as "heads.0.weight" and "heads.0.bias".
 
@@ -105,6 +109,10 @@ def supervised(recipe: BaseRecipe, backbone: nn.Module, data: ArrayData, device:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(recipe.seed, "head"))
         model = Model(backbone, {0: int(data.y.max()) + 1})
+    if recipe.kind == "class-embeddings":
+        head = model.head(0).requires_grad_(False)
+        head.weight.copy_(class_embeddings(*head.weight.shape))
+        head.bias.zero_()
     model.to(device).train()
 
     def loss(index: Tensor, generator: torch.Generator) -> Tensor:
@@ -115,6 +123,21 @@ def supervised(recipe: BaseRecipe, backbone: nn.Module, data: ArrayData, device:
     model.cpu()
     heads = {name: tensor for name, tensor in model.state_dict().items() if name.startswith(HEADS)}
     return _finite({**backbone.state_dict(), **heads}, recipe)
+
+
+def class_embeddings(classes: int, width: int) -> Tensor:
+    """(C, D) float32, orthogonal rows of norm `EMBEDDING_NORM`: the same for every base, whatever its seed and data.
+
+    Raises:
+        InputError: If there are more classes than dimensions.
+    """
+    if classes > width:
+        raise InputError(f"base: expected at most {width} classes for features of that width, got {classes}")
+    generator = torch.Generator().manual_seed(derive_seed(0, "class-embeddings"))
+    q, r = torch.linalg.qr(torch.randn(width, width, generator=generator, dtype=torch.float64))
+    # The signs that QR leaves open differ between libraries.
+    embeddings: Tensor = EMBEDDING_NORM * (q * r.diagonal().sign()).T[:classes]
+    return embeddings.float()
 
 
 def _descend(

@@ -30,10 +30,14 @@ class Recipe:
 
 @dataclass(frozen=True)
 class BaseRecipe:
-    """The model that every strategy of a stream starts from."""
+    """The model that every strategy of a stream starts from, or a new release of it.
+
+    Kinds: "random" weights; "barlow-twins" without labels; "supervised" with a head of its own for task 0; "class-embeddings",
+    the same against a fixed head that all such bases share, as releases of CLIP share the embeddings of class names; a "file".
+    """
 
     backbone: str  # a registered backbone
-    kind: Literal["random", "barlow-twins", "supervised", "file"] = "random"
+    kind: Literal["random", "barlow-twins", "supervised", "class-embeddings", "file"] = "random"
     seed: Annotated[int, Ge(0)] = 0  # one base for all seeds of a stream, as with published pre-trained weights
     epochs: Annotated[int, Ge(1)] = 20
     batch_size: Annotated[int, Ge(2)] = 256  # thesis 4.3.1
@@ -41,3 +45,8 @@ class BaseRecipe:
     dim: Annotated[int, Ge(1)] = 256  # output of the projector; thesis: 1024 on CelebA
     redundancy: Annotated[float, Ge(0), Le(1)] = 5e-3  # lambda of Zbontar et al., arXiv:2103.03230
     file: str = ""  # safetensors, for kind="file"
+
+    @property
+    def has_head(self) -> bool:
+        """It learns from labels and brings the head of task 0, which answers before anything else was learned."""
+        return self.kind in ("supervised", "class-embeddings")

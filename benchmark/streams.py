@@ -79,6 +79,8 @@ class Stream:
         backbone_sha256: Hash of the backbone's code where a plugin brings it; the harness sets it.
         base_data: What only the base learns from; where there is none, a self-supervised base sees the training inputs.
         frozen_heads: The heads are the base's and stay as they are, like class embeddings of a text tower.
+        release: A new release of the base, to which what was fine-tuned on the base is carried over; the same backbone.
+        release_data: What only the release learns from, as `base_data`.
     """
 
     name: str
@@ -97,11 +99,16 @@ class Stream:
     backbone_sha256: str = ""
     base_data: ArrayData | None = None
     frozen_heads: bool = False
+    release: BaseRecipe | None = None
+    release_data: ArrayData | None = None
 
     def __post_init__(self) -> None:
         names = [fold.name for fold in self.folds]
         if not names or len(set(names)) != len(names):
             raise ValueError(f"stream {self.name!r}: expected folds with different names, got {names}")
+        if self.release is not None and self.release.backbone != self.base.backbone:
+            got = f"{self.base.backbone} and {self.release.backbone}"
+            raise ValueError(f"stream {self.name!r}: expected one backbone for base and release, got {got}")
 
     def fold(self, name: str) -> Fold:
         """The fold of that name."""
@@ -117,8 +124,15 @@ class Stream:
 
     def unlabelled(self) -> tuple[torch.Tensor, ...]:
         """Inputs for self-supervised bases: the base's own, or else the training inputs of every experience in order."""
-        if self.base_data is not None:
-            return (self.base_data.x,)
+        return self._unlabelled(self.base_data)
+
+    def unlabelled_release(self) -> tuple[torch.Tensor, ...]:
+        """The same for the new release."""
+        return self._unlabelled(self.release_data)
+
+    def _unlabelled(self, own: ArrayData | None) -> tuple[torch.Tensor, ...]:
+        if own is not None:
+            return (own.x,)
         return tuple(e.train.x for fold in self.folds for e in fold.train if isinstance(e, DataExperience))
 
     @cached_property
@@ -140,17 +154,25 @@ class Stream:
     @cached_property
     def base_sha256(self) -> str:
         """Identity of the base: its recipe and the inputs it may see, or the file's content."""
-        recipe = {**asdict(self.base), "file": Path(self.base.file).name}
-        digest = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode())
+        return self._sha256(self.base, self.base_data)
+
+    @cached_property
+    def release_sha256(self) -> str:
+        """Identity of the new release, like `base_sha256`; empty where there is none."""
+        return "" if self.release is None else self._sha256(self.release, self.release_data)
+
+    def _sha256(self, recipe: BaseRecipe, own: ArrayData | None) -> str:
+        facts = {**asdict(recipe), "file": Path(recipe.file).name}
+        digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
         digest.update(self.backbone_sha256.encode())
-        if self.base.kind == "supervised" and self.base_data is not None:
-            digest.update(self.base_data.sha256().encode())
-        if self.base.kind == "barlow-twins":
-            for x in self.unlabelled():
+        if recipe.has_head and own is not None:
+            digest.update(own.sha256().encode())
+        if recipe.kind == "barlow-twins":
+            for x in self._unlabelled(own):
                 digest.update(f"{x.dtype}{tuple(x.shape)}".encode())
                 digest.update(x.contiguous().numpy().data)
-        if self.base.kind == "file" and Path(self.base.file).is_file():
-            digest.update(Path(self.base.file).read_bytes())
+        if recipe.kind == "file" and Path(recipe.file).is_file():
+            digest.update(Path(recipe.file).read_bytes())
         return digest.hexdigest()
 
     def counts(self) -> dict[str, dict[str, int]]:

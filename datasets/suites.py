@@ -45,12 +45,29 @@ MERGES = (
     "score@full-matrix",
 )
 LEARNERS = tuple(name for name in DIGITS if name not in ("gdro", "bgs"))  # a domain has no groups to be told
+TRANSPORTS = (
+    "target-base",
+    "source-expert",
+    "retrained",
+    "vanilla",
+    "git-rebasin",
+    "ot",
+    "transfusion@paper",
+    "transfusion@released",
+    "transfusion@shared",
+    "transfusion@brute-force",
+    "transfusion@no-attention",
+    "transfusion@no-residual",
+    "transfusion@head-only",
+    "transfusion-few-shot",
+    "transfusion-few-shot@not-permuted",
+)
 STREAMS = ("b-digits", "split-digits", "split-digits-class", *(f"digits-offline-{name}" for name in NAMES))
 
 
 @hookimpl
 def shiftproof_suites() -> list[SuiteSpec]:
-    """`quick`, `digits`, `digits-all` and `domains`."""
+    """`quick`, `digits`, `digits-all`, `domains` and `releases`."""
     return [
         SuiteSpec(
             "quick",
@@ -73,5 +90,11 @@ def shiftproof_suites() -> list[SuiteSpec]:
             "every merge and every strategy that trains without groups, each domain of the digits held out, three seeds",
             ("digits-domains",),
             (*REFERENCES, *MERGES, *LEARNERS),
+        ),
+        SuiteSpec(
+            "releases",
+            "fine-tunings carried to a new release of the backbone, with heads of their own and with shared ones, three seeds",
+            ("digits-releases", "digits-releases-open"),
+            TRANSPORTS,
         ),
     ]

@@ -71,8 +71,10 @@ def test_a_room_imports_only_from_rooms_below_it(room: str) -> None:
 def test_built_in_plugins_use_the_public_names_alone() -> None:
     import shiftproof.benchmark
     import shiftproof.strategies.merging
+    import shiftproof.strategies.transport
 
-    rooms = (shiftproof.benchmark, shiftproof.strategies, shiftproof.strategies.merging)
+    families = (shiftproof.strategies.merging, shiftproof.strategies.transport)
+    rooms = (shiftproof.benchmark, shiftproof.strategies, *families)
     public = {room.__name__: set(room.__all__) for room in rooms}
     for path, tree in sources("plugins"):
         for module, name in imports(tree):

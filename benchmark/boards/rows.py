@@ -36,7 +36,10 @@ _MIXTURES: dict[str, Callable[[RunRecord], object]] = {
     "mixed threads": lambda record: record.provenance["threads"],
     "mixed hardware": lambda record: record.provenance["hardware"],
     "mixed devices": lambda record: (record.identity["device"], record.identity["dtype"]),
-    "mixed base weights": lambda record: record.protocol["base_weights_sha256"],
+    "mixed base weights": lambda record: (
+        record.protocol["base_weights_sha256"],
+        record.protocol.get("release_weights_sha256"),
+    ),
 }
 
 

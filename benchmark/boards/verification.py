@@ -107,6 +107,7 @@ def _hash_problems(record: RunRecord) -> Iterator[str]:
         "data.split_sha256": (identity["split_sha256"], record.data["split_sha256"]),
         "plugin.code_sha256": (identity["code_sha256"], record.plugin["code_sha256"]),
         "protocol.base_sha256": (identity["base"]["sha256"], protocol["base_sha256"]),
+        "protocol.release_sha256": (identity.get("release", {}).get("sha256"), protocol.get("release_sha256")),
         "results_sha256": (record.results and sha256(record.results), record.results_sha256),
     }
     for name, (expected, got) in pairs.items():

@@ -22,8 +22,12 @@ if TYPE_CHECKING:
     from shiftproof.benchmark.analysis.deltas import Deltas
     from shiftproof.benchmark.analysis.experts import StreamExperts
     from shiftproof.benchmark.analysis.plane import Plane
+    from shiftproof.benchmark.analysis.releases import Transports
     from shiftproof.benchmark.analysis.tables import Table
     from shiftproof.benchmark.experiences import EvalSet
+    from shiftproof.benchmark.transporting.method import RebasinMethod
+
+USUAL = ("vanilla", "git-rebasin", "ot", "transfusion@paper", "transfusion@shared")
 
 
 @dataclass(frozen=True)
@@ -69,9 +73,7 @@ def deltas_from(base: Path | None, experts: Sequence[Path], origin: FromStream) 
 
 def experts_from(origin: FromStream) -> StreamExperts:
     """The experts of a stream, trained unless they are in the cache."""
-    if origin.device not in DEVICES:
-        hint = did_you_mean(origin.device, DEVICES)
-        raise InputError(f"expected --device as one of {', '.join(DEVICES)}, got {origin.device!r}{hint}")
+    _check_device(origin.device)
     names = {"strategy": [EXPERT_TRAINER], "stream": [origin.stream]}
     registry = registry_for(catalogue(), names, origin.plugin)
 
@@ -104,6 +106,27 @@ def plane_from(origin: FromStream, pair: str, evals: str) -> tuple[Plane, tuple[
     plane = Plane(*chosen("expert", known, names))
     asked = chosen("eval set", {one.name: one for one in found.evals}, _listed(evals)) or list(found.evals)
     return plane, plane.answerable(tuple(asked))
+
+
+def transports_from(origin: FromStream, methods: str) -> tuple[Transports, dict[str, RebasinMethod]]:
+    """The fine-tunings of a stream with a new release, and the methods that are to align it.
+
+    Args:
+        methods: "T@PRESET,T2"; "" = the usual ones.
+    """
+    _check_device(origin.device)
+    labels = _listed(methods) or list(USUAL)
+    names = [EXPERT_TRAINER, *(label.partition("@")[0] for label in labels)]
+    registry = registry_for(catalogue(), {"strategy": names, "stream": [origin.stream]}, origin.plugin)
+
+    from shiftproof.benchmark.analysis.experts import request_for
+    from shiftproof.benchmark.analysis.releases import method_named, transports_of_stream
+
+    named = {label: method_named(registry, label) for label in labels}
+    request = request_for(registry, origin.stream, origin.seed, "", origin.overrides)
+    root = str(origin.data_root) if origin.data_root else None
+    with show_progress("fine-tunings", None, origin.quiet) as progress:
+        return transports_of_stream(registry, request, chosen_device(origin.device), root, progress), named
 
 
 @contextmanager
@@ -147,6 +170,12 @@ def report(
     numbers = out / f"{content['analysis']}.json"
     write_atomically(numbers, text)
     typer.echo("".join(f"wrote: {file}\n" for file in (numbers, *draw(out))), nl=False, err=as_json)
+
+
+def _check_device(device: str) -> None:
+    if device not in DEVICES:
+        hint = did_you_mean(device, DEVICES)
+        raise InputError(f"expected --device as one of {', '.join(DEVICES)}, got {device!r}{hint}")
 
 
 def _listed(text: str) -> list[str]:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from shiftproof.benchmark.cli.analyses import FromStream, deltas_from, plane_from, report, show_progress
+from shiftproof.benchmark.cli.analyses import FromStream, deltas_from, plane_from, report, show_progress, transports_from
 from shiftproof.benchmark.cli.run import DataRoot, PluginFiles
 
 app = typer.Typer(help="Look at experts, and at what lies between them.", rich_markup_mode=None)
@@ -19,6 +19,7 @@ Seed = Annotated[int, typer.Option("--seed", help="Seed of the experts.")]
 FoldName = Annotated[str, typer.Option("--fold", help="Only this fold of the stream; all if not given.")]
 Overrides = Annotated[list[str], typer.Option("--set", metavar="SCOPE.KEY=VALUE", help="Set a knob of stream, recipe or base.")]
 Layers = Annotated[str, typer.Option("--layers", metavar="PART", help="Only matrices whose name contains this.")]
+Methods = Annotated[str, typer.Option("--strategy", metavar="T[@PRESET],T2", help="Methods that align two releases.")]
 Pair = Annotated[str, typer.Option("--experts", metavar="A,B", help="Two experts of the stream by name; all it has if two.")]
 EvalNames = Annotated[str, typer.Option("--eval", metavar="E,E2", help="Eval sets by name; all of the folds if not given.")]
 Out = Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Folder for pictures and numbers.")]
@@ -165,3 +166,71 @@ def barrier(
         return draw_barrier(found, folder)
 
     report(tables.barrier_tables(found), tables.barrier_json(found), tables.barrier_note(found), draw, out, as_json)
+
+
+@app.command()
+def rebasin(
+    stream: StreamName,
+    methods: Methods = "",
+    seed: Seed = 0,
+    overrides: Overrides = [],  # noqa: B006
+    points: Annotated[int, typer.Option(help="On the way, ends included.")] = 11,
+    out: Out = None,
+    as_json: AsJson = False,
+    device: Device = "auto",
+    plugin: PluginFiles = [],  # noqa: B006
+    data_root: DataRoot = None,
+    quiet: Quiet = False,
+) -> None:
+    """Loss on the way from the aligned old release of a stream to the new one, with residual maps and without."""
+    from shiftproof.benchmark.analysis import barrier as lines, release_reports as reports
+
+    lines.check_points(points)
+    origin = FromStream(stream, seed, "", overrides, device, plugin, data_root, quiet)
+    found, named = transports_from(origin, methods)
+
+    from shiftproof.benchmark.analysis import releases
+
+    with show_progress("methods", None, quiet) as progress:
+        shares, measured = releases.barriers(found, named, points, progress)
+
+    def draw(folder: Path) -> list[Path]:
+        return [reports.draw_barriers(stream, shares, measured, folder / "rebasin.png")]
+
+    tables = reports.barrier_tables(shares, measured)
+    report(tables, reports.barrier_json(stream, shares, measured), "", draw, out, as_json)
+
+
+@app.command()
+def alpha(
+    stream: StreamName,
+    methods: Methods = "",
+    seed: Seed = 0,
+    overrides: Overrides = [],  # noqa: B006
+    high: Annotated[float, typer.Option(help="Largest scale.")] = 2.0,
+    step: Annotated[float, typer.Option(help="Between scales.")] = 0.1,
+    out: Out = None,
+    as_json: AsJson = False,
+    device: Device = "auto",
+    plugin: PluginFiles = [],  # noqa: B006
+    data_root: DataRoot = None,
+    quiet: Quiet = False,
+) -> None:
+    """Accuracy over the scale of a task vector that is carried to a new release, by method."""
+    from shiftproof.benchmark.analysis import release_reports as reports, sweep as sweeping
+
+    alphas = sweeping.coefficients(0.0, high, step)
+    origin = FromStream(stream, seed, "", overrides, device, plugin, data_root, quiet)
+    found, named = transports_from(origin, methods)
+
+    from shiftproof.benchmark.analysis import releases
+
+    with show_progress("methods", len(named), quiet) as progress:
+        curves = releases.scales(found, named, alphas, progress)
+    groups = next(iter(found.experiences.values()))[1][0].group_names
+
+    def draw(folder: Path) -> list[Path]:
+        return [reports.draw_scales(stream, alphas, groups, curves, folder / "alpha.png")]
+
+    tables = reports.scale_tables(alphas, groups, curves)
+    report(tables, reports.scale_json(stream, alphas, list(found.experiences), groups, curves), "", draw, out, as_json)

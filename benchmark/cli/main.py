@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from shiftproof.benchmark.cli import analyze, board, facts, merge, run, tools
+from shiftproof.benchmark.cli import analyze, board, facts, merge, run, tools, transport
 from shiftproof.benchmark.errors import InputError
 
 # Typer exports of its usage errors only this one; the parent covers unknown options and commands too.
@@ -95,6 +95,7 @@ def options(
 
 app.command("run")(run.run)
 app.command("merge")(merge.merge)
+app.command("transport")(transport.transport)
 app.command("list", cls=LightCommand)(facts.list_names)
 app.command("show", cls=LightCommand)(facts.show)
 app.command("plugins", cls=LightCommand)(facts.plugins)

@@ -12,17 +12,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from shiftproof.benchmark.cli.console import catalogue, print_table
+from shiftproof.benchmark.cli.console import print_table
+from shiftproof.benchmark.cli.method import strategy_named
 from shiftproof.benchmark.cli.run import DEVICES, PluginFiles, chosen_device
 from shiftproof.benchmark.errors import InputError
-from shiftproof.benchmark.names import did_you_mean, problems_hint, unknown
+from shiftproof.benchmark.names import did_you_mean
 
 if TYPE_CHECKING:
     from shiftproof.benchmark.merging.checkpoints import Checkpoint
     from shiftproof.benchmark.merging.disk import Made
     from shiftproof.benchmark.merging.driver import Merging, TensorRow
     from shiftproof.benchmark.merging.method import MergeMethod
-    from shiftproof.benchmark.registry.lookup import Registry
 
 DTYPES = ("auto", "float32", "float64")
 
@@ -101,43 +101,24 @@ def _method(label: str, overrides: Sequence[str], plugin: Sequence[Path], device
     Raises:
         InputError: If there is none of that name, or it cannot merge checkpoints.
     """
-    from dataclasses import fields
-
     from shiftproof.benchmark.codehash import module_of, plugin_sha256
-    from shiftproof.benchmark.config import resolve, split_overrides
     from shiftproof.benchmark.experiences import ExpertExperience
     from shiftproof.benchmark.merging.disk import Made
     from shiftproof.benchmark.merging.method import MergeMethod
 
-    name = label.partition("@")[0]
-    spec, preset, config = _registry(name, plugin).strategy(label)
+    spec, preset, config = strategy_named(label, overrides, plugin)
+    name = spec.name
     instead = "`shiftproof run` runs it on a stream"
     if not issubclass(spec.consumes, ExpertExperience):
         raise InputError(f"expected a method that merges experts, got {name!r}, which learns from data; {instead}")
     if spec.needs_data:
         raise InputError(f"expected a method that merges without data, got {name!r}, which needs data; {instead}")
-    if spec.unavailable:
-        raise InputError(f"expected a method that can run here, got {name!r}: {spec.unavailable}")
-    pairs = split_overrides(overrides, {label: [field.name for field in fields(config)]})[label]
-    config = resolve(config, pairs, name)
     # A reference such as the base itself is a strategy on experts and merges nothing.
     can_merge = hasattr(spec.build, "merge") or not isinstance(spec.build, type)
     built = spec.build(config, None) if can_merge else None  # type: ignore[arg-type]  # there is no run to have a context
     if not isinstance(built, MergeMethod):
         raise InputError(f"expected a method that merges tensors, got {name!r}, which does not; {instead}")
     return built, Made(name, preset, config, plugin_sha256(module_of(spec.build)), device, dtype)
-
-
-def _registry(name: str, files: Sequence[Path]) -> Registry:
-    """A registry with the plugin that provides a strategy, and no more: others take seconds to import."""
-    from shiftproof.benchmark.registry.lookup import load_registry
-
-    known = catalogue()
-    registry = load_registry(known.providers({"strategy": [name]}), files)
-    if name not in registry.strategies:
-        problems = known.broken | {problem.name: problem.error for problem in registry.problems}
-        raise unknown("strategy", name, {*registry.strategies, *known.items("strategy")}, problems_hint(problems))
-    return registry
 
 
 def _merging(method: MergeMethod, made: Made, checkpoints: Sequence[Checkpoint], jobs: int) -> Merging:

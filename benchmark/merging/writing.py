@@ -8,6 +8,7 @@ import secrets
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from ctypes import c_int64
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -18,9 +19,12 @@ from torch import Tensor
 from shiftproof.benchmark.errors import OutputError
 from shiftproof.benchmark.merging.checkpoints import Checkpoint
 from shiftproof.benchmark.merging.inputs import SAFETENSORS, index_content, targets
+from shiftproof.benchmark.merging.libc import hint
 from shiftproof.benchmark.merging.safetensors_files import Fact, header_bytes, pwrite_full
 
 RECIPE = "shiftproof.merge"  # key of the metadata
+PORTION = 1 << 24  # bytes that are written before the system is told to bring them to the disk
+_WHOLE, _START = c_int64(0), 2  # from 0 for 0 bytes: all; SYNC_FILE_RANGE_WRITE of Linux's fs.h: without waiting
 
 
 @dataclass
@@ -31,6 +35,7 @@ class Part:
         temporary: Its name until it is finished; None while it has none.
         starts: Where each tensor begins.
         metadata: Of the base's file.
+        waiting: Bytes that were written since the system was last told to bring them to the disk, roughly: threads add to it.
     """
 
     target: Path
@@ -39,6 +44,15 @@ class Part:
     tensors: Sequence[Fact]
     starts: Mapping[str, int]
     metadata: Mapping[str, str]
+    waiting: int = 0
+
+    def write(self, data: memoryview, offset: int) -> None:
+        """Write bytes. They are on their way to the disk while the merge goes on: at its end little is left to wait for."""
+        pwrite_full(self.descriptor, data, offset)
+        self.waiting += data.nbytes
+        if self.waiting >= PORTION:
+            self.waiting = 0
+            hint("sync_file_range", self.descriptor, _WHOLE, _WHOLE, _START)
 
 
 class Output:
@@ -49,13 +63,14 @@ class Output:
         base: Whose names, shapes, dtypes and metadata they keep.
         recipe: As long a text as that of `commit`.
         force: Replace files that exist.
+        key: Under which the recipe stands in the metadata.
 
     Raises:
         OutputError: If the folder cannot be written or the disk is full: the space is taken before anything is merged.
     """
 
-    def __init__(self, out: Path, base: Checkpoint, recipe: str, force: bool = False) -> None:
-        self.out, self.base, self.force = out, base, force
+    def __init__(self, out: Path, base: Checkpoint, recipe: str, force: bool = False, key: str = RECIPE) -> None:
+        self.out, self.base, self.force, self.key = out, base, force, key
         self.files = targets(out, base.located)
         self.is_folder = out.suffix != SAFETENSORS
         self.parts: list[Part] = []
@@ -88,7 +103,7 @@ class Output:
         part = self._of[name]
         with self._telling():
             data = run.contiguous().view(torch.uint8).numpy().data
-            pwrite_full(part.descriptor, data, part.starts[name] + start * run.dtype.itemsize)
+            part.write(data, part.starts[name] + start * run.dtype.itemsize)
 
     def commit(self, recipe: str) -> list[Path]:
         """Write the headers, bring everything to the disk, and give the files their names.
@@ -101,7 +116,7 @@ class Output:
         """
         with self._telling():
             for part in self.parts:
-                head, starts = header_bytes(part.tensors, {**part.metadata, RECIPE: recipe})
+                head, starts = header_bytes(part.tensors, {**part.metadata, self.key: recipe})
                 assert dict(zip((name for name, _, _ in part.tensors), starts, strict=True)) == part.starts
                 pwrite_full(part.descriptor, memoryview(head), 0)
                 os.fsync(part.descriptor)
@@ -113,7 +128,7 @@ class Output:
         return self.files
 
     def _begin(self, target: Path, tensors: Sequence[Fact], metadata: Mapping[str, str], recipe: str) -> None:
-        head, offsets = header_bytes(tensors, {**metadata, RECIPE: recipe})
+        head, offsets = header_bytes(tensors, {**metadata, self.key: recipe})
         starts = dict(zip((name for name, _, _ in tensors), offsets, strict=True))
         descriptor, temporary = _nameless(self.out.parent, target.name)
         part = Part(target, descriptor, temporary, tensors, starts, metadata)

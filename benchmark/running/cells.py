@@ -11,6 +11,7 @@ import torch
 
 from shiftproof.benchmark import codehash, config, lifting
 from shiftproof.benchmark.contracts import StrategySpec
+from shiftproof.benchmark.recipes import BaseRecipe
 from shiftproof.benchmark.records import PROTOCOL_VERSION, SCHEMA_VERSION, RunRequest, sha256
 from shiftproof.benchmark.registry.lookup import Registry
 from shiftproof.benchmark.streams import Stream
@@ -36,8 +37,10 @@ def build_stream(registry: Registry, request: RunRequest, data_root: str | None 
     if request.recipe_name:
         recipe = replace(recipe, name=request.recipe_name)
     base = config.resolve(stream.base, request.base, "base")
+    # A release of another architecture would be no release: it follows the base's. The rest of its recipe is the stream's.
+    release = stream.release and replace(stream.release, backbone=base.backbone)
     module = codehash.module_of(registry.backbone(base.backbone).build)
-    return replace(stream, recipe=recipe, base=base, backbone_sha256=codehash.plugin_sha256(module))
+    return replace(stream, recipe=recipe, base=base, release=release, backbone_sha256=codehash.plugin_sha256(module))
 
 
 def make_cell(registry: Registry, request: RunRequest, stream: Stream, device: str = "cpu") -> Cell:
@@ -87,14 +90,19 @@ def identify(
         "fold": request.fold,
         "seed": request.seed,
         "recipe": asdict(stream.recipe),
-        "base": {**asdict(stream.base), "file": Path(stream.base.file).name, "sha256": stream.base_sha256},
+        "base": _base(stream.base, stream.base_sha256),
         "device": torch.device(device).type,
         "dtype": stream.recipe.precision,
         "protocol_version": PROTOCOL_VERSION,
         **({"experts": dict(experts)} if experts else {}),
         **({"frozen_heads": True} if stream.frozen_heads else {}),
+        **({"release": _base(stream.release, stream.release_sha256)} if stream.release else {}),
     }
     return Cell(request, spec, resolved, stream, identity, sha256(identity))
+
+
+def _base(recipe: BaseRecipe, identity: str) -> dict[str, Any]:
+    return {**asdict(recipe), "file": Path(recipe.file).name, "sha256": identity}
 
 
 def _code_sha256(spec: StrategySpec[Any]) -> str:

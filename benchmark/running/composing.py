@@ -89,9 +89,14 @@ def _protocol(run: CellRun) -> dict[str, Any]:
         "recipe": stream.recipe.name,
         "backbone": stream.base.backbone,
         "base_sha256": stream.base_sha256,
-        "base_weights_sha256": run.base_weights_sha256,
+        "base_weights_sha256": run.bases.base_sha256,
         "tier": stream.tier,
         "custom": cell.request.custom,
+        **(
+            {"release_sha256": stream.release_sha256, "release_weights_sha256": run.bases.release_sha256}
+            if stream.release
+            else {}
+        ),
     }
 
 

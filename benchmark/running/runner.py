@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
 import logging
 import math
@@ -21,12 +20,12 @@ from shiftproof.benchmark.context import CHECKPOINT_SECONDS, Checkpointer, Cost,
 from shiftproof.benchmark.contracts import Resumable, State
 from shiftproof.benchmark.errors import ContractError, NotFiniteError, OutputError
 from shiftproof.benchmark.evaluation import EvalCounts, evaluate
-from shiftproof.benchmark.experiences import DataExperience, Experience, GroupedExperience, StateDict
+from shiftproof.benchmark.experiences import DataExperience, Experience, GroupedExperience
 from shiftproof.benchmark.models import Model
-from shiftproof.benchmark.pretraining import base_weights
 from shiftproof.benchmark.provenance import Provenance, without_paths
-from shiftproof.benchmark.records import RecordStore, RunRecord, remove_leftovers, sha256, write_atomically
+from shiftproof.benchmark.records import RecordStore, RunRecord, remove_leftovers, write_atomically
 from shiftproof.benchmark.registry.lookup import Registry
+from shiftproof.benchmark.running.bases import Bases
 from shiftproof.benchmark.running.cells import (
     Cell as Cell,
     build_stream as build_stream,
@@ -62,13 +61,13 @@ class CellRun:
         self.device = torch.device(device)
         self.progress = Progress()
         self.started = time.monotonic()
-        self.base_weights_sha256 = ""
+        self.bases = Bases(cell.stream, registry, cache, self.device)
         self.where = "before the first experience"
         self.checkpointer = Checkpointer(self.write_checkpoint, checkpoint_seconds)
         self.context = RunContext(
             cell.request.seed,
             cell.stream.recipe,
-            lambda: self._base(cache),
+            self.bases.base,
             cell.stream.base_sha256,
             cache,
             out / "work" / cell.run_id,
@@ -108,12 +107,14 @@ class CellRun:
         """The experience itself, or the expert that was fine-tuned on it."""
         cell = self.cell
         if isinstance(experience, DataExperience) and lifting.is_lifted(cell.spec, cell.stream):
-            before, started = time.monotonic(), self.started
+            before, making = time.monotonic(), self.bases.seconds
             trainer, _, _ = self.registry.strategy(lifting.EXPERT_TRAINER)
             code_sha256 = cell.identity["experts"]["code_sha256"]
             experience = lifting.expert_for(experience, fold, cell.stream, trainer, code_sha256, self.context)
-            # Other cells share it. The base, which may have been made on the way, has moved the start already.
-            self.started = started + time.monotonic() - before
+            if cell.stream.release is not None:
+                experience = lifting.carried_to(self.release(), experience)
+            # Other cells share it. Base and release, which may have been made on the way, are taken out elsewhere.
+            self.started += time.monotonic() - before - (self.bases.seconds - making)
         return lifting.visible_expert(cell.spec, cell.config, experience)
 
     def _learn(self, strategy: Any, experience: Experience, position: int) -> dict[str, float]:
@@ -138,28 +139,15 @@ class CellRun:
 
     def seconds(self) -> float:
         """Wall time over all attempts that were resumed, without the making of base and experts, which cells share."""
-        return self.progress.seconds + time.monotonic() - self.started
+        return self.progress.seconds + time.monotonic() - self.started - self.bases.seconds
 
-    def _base(self, cache: Cache) -> tuple[Model, StateDict]:
-        before = time.monotonic()
-        stream = self.cell.stream
-        build = self.registry.backbone(stream.base.backbone).build
-        weights = base_weights(
-            stream.base,
-            lambda: build(stream.input_shape),
-            stream.unlabelled(),
-            cache,
-            stream.base_sha256,
-            self.device,
-            stream.base_data,
-        )
-        self.started += time.monotonic() - before
-        self.base_weights_sha256 = sha256(
-            {name: hashlib.sha256(lifting.tensor_bytes(tensor)).hexdigest() for name, tensor in sorted(weights.items())}
-        )
-        model = Model(build(stream.input_shape), stream.heads)
-        model.heads.requires_grad_(not stream.frozen_heads)
-        return model, weights
+    def release(self) -> Model:
+        """The stream's new release; heads that it does not bring are as those of the base's model.
+
+        Raises:
+            InputError: If the stream has none.
+        """
+        return self.bases.release(self.context.new_model())
 
     def write_checkpoint(self, state: State | None) -> None:
         """Everything that a later attempt needs, in one file that loads without executing code."""

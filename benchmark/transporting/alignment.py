@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -53,36 +53,28 @@ class Alignment:
         return self.specification.apply(state, self.permutations)
 
 
-def transported(alignment: Alignment, source: StateDict, tuned: StateDict, target: StateDict, alpha: float = 1.0) -> StateDict:
-    """theta_B + alpha * pi(theta_A_ft - theta_A) (thesis eq. 8.8).
+def task_vector(source: StateDict, tuned: StateDict) -> StateDict:
+    """tau = theta_A_ft - theta_A (thesis eq. 8.7), in single precision or in double where the weights are.
 
-    Tensors that the source lacks or has in another shape, a new head say, come over permuted as they are. Running statistics
-    and integers stay the target's: they are no parameters.
-
-    Args:
-        source: theta_A.
-        tuned: theta_A after fine-tuning.
-        target: theta_B.
-
-    Returns:
-        Tensors under the names of `tuned`, in the target's dtypes; the inputs are not altered.
+    Only of parameters that both have in one shape: running statistics, counters and new heads have none.
     """
-    return {name: _carry(alignment, name, source.get(name), tensor, target.get(name), alpha) for name, tensor in tuned.items()}
+    return {
+        name: _wide(tensor) - _wide(source[name])
+        for name, tensor in tuned.items()
+        if name in source
+        and source[name].shape == tensor.shape
+        and tensor.is_floating_point()
+        and not name.endswith(STATISTICS)
+    }
 
 
-def _carry(
-    alignment: Alignment, name: str, source: Tensor | None, tuned: Tensor, target: Tensor | None, alpha: float
-) -> Tensor:
-    if source is None or target is None or source.shape != tuned.shape:
-        return alignment.specification.apply_to(name, tuned, alignment.permutations)
-    if not tuned.is_floating_point() or name.endswith(STATISTICS):
-        return target
-    wide = tuned.double() if tuned.dtype.itemsize == 8 else tuned.float()
-    delta = wide - source.to(wide.dtype)
-    moved = alignment.specification.apply_to(name, delta, alignment.permutations)
-    return (target.to(wide.dtype) + alpha * moved).to(target.dtype)
+def added(target: StateDict, vector: StateDict, alpha: float = 1.0) -> StateDict:
+    """theta_B + alpha * vector, in the target's dtypes; tensors without a part in the vector are the same objects."""
+    return {
+        name: (_wide(tensor) + alpha * vector[name]).to(tensor.dtype) if name in vector else tensor
+        for name, tensor in target.items()
+    }
 
 
-def changed(source: StateDict, tuned: StateDict) -> Sequence[str]:
-    """Names of the tensors that fine-tuning has changed."""
-    return [name for name, tensor in tuned.items() if name not in source or not tensor.equal(source[name])]
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor if tensor.dtype.itemsize >= 4 else tensor.float()

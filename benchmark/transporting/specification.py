@@ -130,6 +130,12 @@ class PermutationSpec:
         """With one permutation for each residual stream, so that the plain architecture computes the same function."""
         return self._renamed({name: chain[0] for chain in self.chains for name in chain})
 
+    def spread(self, permutations: Permutations) -> dict[str, Tensor]:
+        """Permutations of any form of this specification, such as `shared()`, under the names of all segments."""
+        first = {name: chain[0] for chain in self.chains for name in chain}
+        found = {name: permutations.get(name, permutations.get(first.get(name, name))) for name in self.sizes}
+        return {name: torch.arange(self.sizes[name]) if units is None else units for name, units in found.items()}
+
     def without_streams(self) -> PermutationSpec:
         """With residual streams that stay as they are."""
         return self._renamed({name: "" for chain in self.chains for name in chain})

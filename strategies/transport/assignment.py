@@ -15,13 +15,14 @@ def assign(similarity: Tensor) -> Tensor:
     Args:
         similarity: (n, n) floating, finite.
     """
-    _, columns = linear_sum_assignment(similarity.cpu().numpy(), maximize=True)
+    # Costs in double precision are what the solver works on: it would copy anything else, and once more to maximize.
+    _, columns = linear_sum_assignment(similarity.to("cpu", torch.float64, copy=True).neg_().numpy())
     return torch.from_numpy(columns)
 
 
-def value(similarity: Tensor, columns: Tensor) -> float:
-    """Sum over an assignment, in double precision."""
-    return float(similarity.gather(1, columns[:, None].to(similarity.device)).sum(dtype=torch.float64))
+def picked(similarity: Tensor, columns: Tensor) -> Tensor:
+    """(...) float64, what an assignment picks out of each row of (..., n) similarities."""
+    return similarity.gather(-1, columns[..., None].to(similarity.device)).squeeze(-1).double()
 
 
 def units(tensor: Tensor, slot: Slot) -> Tensor:

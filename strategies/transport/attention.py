@@ -9,7 +9,7 @@ from torch import Tensor
 
 from shiftproof.benchmark.experiences import StateDict
 from shiftproof.benchmark.transporting.specification import Slot
-from shiftproof.strategies.transport.assignment import assign, units, value
+from shiftproof.strategies.transport.assignment import assign, picked, units
 
 
 def spectral_distance(source: StateDict, target: StateDict, projections: Sequence[Slot], heads: int) -> Tensor:
@@ -34,7 +34,7 @@ def best_heads(similarity: Tensor, heads: int) -> Tensor:
     size = len(similarity) // heads
     blocks = similarity.reshape(heads, size, heads, size).transpose(1, 2)  # (H, H, d_k, d_k)
     within = [[assign(block) for block in row] for row in blocks]
-    scores = [[value(block, chosen) for block, chosen in zip(*pair, strict=True)] for pair in zip(blocks, within, strict=True)]
+    scores = [[float(picked(blocks[i, j], within[i][j]).sum()) for j in range(heads)] for i in range(heads)]
     order = assign(torch.tensor(scores, dtype=torch.float64))
     return compose(order, torch.stack([within[head][int(order[head])] for head in range(heads)]))
 

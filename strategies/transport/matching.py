@@ -7,7 +7,7 @@ section 8.2.1, algorithms 1 and 2. The objective is eq. 7.5, the inner product o
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Annotated, Literal
@@ -18,18 +18,12 @@ from torch import Tensor
 
 from shiftproof.benchmark.experiences import StateDict
 from shiftproof.benchmark.transporting.alignment import STATISTICS, Alignment, Search
+from shiftproof.benchmark.transporting.method import Progress, silent
 from shiftproof.benchmark.transporting.specification import PermutationSpec, Slot
-from shiftproof.strategies.transport.assignment import assign, moved, units, value
+from shiftproof.strategies.transport.assignment import assign, moved, picked, units
 from shiftproof.strategies.transport.attention import best_heads, compose, spectral_distance
 
 TOLERANCE = 1e-8  # of the objective's part; products in single precision do not tell less apart
-
-Progress = Callable[[int, str], None]
-"""Told of the sweep and of each permutation that was visited."""
-
-
-def silent(sweep: int, permutation: str) -> None:
-    """Tells nobody."""
 
 
 @dataclass(frozen=True)
@@ -153,9 +147,9 @@ class Matching:
                 found = compose(order, torch.stack([assign(block) for block in similarity]))
         size = similarity.shape[1]
         old, new = (p.reshape(len(order), size) % size for p in (self.permutations[name], found))
-        gain = sum(value(block, new[i]) - value(block, old[i]) for i, block in enumerate(similarity))
-        noise = sum(value(block.abs(), new[i]) for i, block in enumerate(similarity))
-        return found if gain > TOLERANCE * noise else None
+        reached, present = picked(similarity, new), picked(similarity, old)
+        gain = float(reached.sum() - present.sum())
+        return found if gain > TOLERANCE * float(reached.abs().sum()) else None
 
     def _inter_head(self, name: str) -> Tensor:
         """(H,) int64, the head of the source for each of the target's, eq. 8.2."""

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from shiftproof.benchmark import (
+    BaseRecipe,
     DataExperience,
     ExpertExperience,
     GroupedExperience,
@@ -27,7 +28,15 @@ from shiftproof.benchmark.backbones import SmallConvNet
 from shiftproof.benchmark.cache import Cache
 from shiftproof.benchmark.contracts import StrategySpec
 from shiftproof.benchmark.errors import ContractError
-from shiftproof.benchmark.lifting import expert_for, lift, obstacle, shared_names
+from shiftproof.benchmark.lifting import (
+    carried_to,
+    expert_for,
+    is_lifted,
+    lift,
+    obstacle,
+    shared_names,
+    visible_expert,
+)
 from shiftproof.benchmark.registry.lookup import Registry
 
 
@@ -94,7 +103,7 @@ def test_obstacles_say_why(registry: Registry, stream: Stream) -> None:
     assert obstacle(registry.strategies["missing"], stream) == "needs shiftproof[clip]"
     assert obstacle(replace(toy, consumes=ExpertExperience), stream) == ""  # data are lifted to experts
     transport = replace(toy, consumes=TransportExperience)
-    assert obstacle(transport, stream) == "consumes TransportExperience, the stream yields GroupedExperience"
+    assert obstacle(transport, stream) == "carries a fine-tuning to a new release, the stream has none"
     told = replace(union, uses_group_labels=True)
     assert obstacle(told, stream) == "needs group labels, the union of a stream's experiences has none"
 
@@ -210,3 +219,82 @@ def test_only_who_declares_it_learns_the_held_out_domain(registry: Registry, str
     toy = replace(registry.strategies["toy"], consumes=ExpertExperience)
     assert [one.name for one in lift(toy, fold)] == ["task-1"]
     assert [one.name for one in lift(replace(toy, uses_target=True), fold)] == ["task-0"]
+
+
+RELEASE = BaseRecipe("digits-cnn", kind="random", seed=1)
+
+
+def test_only_transport_meets_a_stream_with_a_release_and_no_other(registry: Registry, stream: Stream) -> None:
+    released = replace(stream, release=RELEASE)
+    toy, union, grouped = (registry.strategies[name] for name in ("toy", "union", "grouped"))
+    merge, transport = replace(toy, consumes=ExpertExperience), replace(toy, consumes=TransportExperience)
+    why = "the stream carries a fine-tuning to a new release"
+    assert [obstacle(spec, released) for spec in (toy, union, grouped, merge)] == [why] * 4
+    assert (obstacle(transport, released), is_lifted(transport, released), is_lifted(merge, released)) == ("", True, False)
+    assert (is_lifted(transport, stream), is_lifted(merge, stream)) == (False, True)
+    assert obstacle(replace(transport, unavailable="needs shiftproof[clip]"), released) == "needs shiftproof[clip]"
+
+
+@pytest.mark.parametrize(
+    ("kind", "task", "own"),
+    [("supervised", 1, {1}), ("class-embeddings", 0, set()), ("supervised", 0, set()), ("random", 0, {0}), ("random", 1, {1})],
+)
+def test_what_a_fine_tuning_carries_is_the_backbone_and_a_head_that_the_base_brings(
+    kind: Any, task: int, own: set[int], stream: Stream, context: RunContext, trainer: StrategySpec[Any]
+) -> None:
+    named = replace(stream, base=replace(stream.base, kind=kind), release=RELEASE)
+    expert = expert_for(data_of(stream)[task], stream.folds[0], named, trainer, "code", context)
+    target = context.child("another").new_model()
+    carried = carried_to(target, expert)
+    assert type(carried) is TransportExperience
+    assert (carried.target_base, carried.base, carried.expert) == (target, expert.base, expert.expert)
+    assert (carried.name, carried.task, carried.data) == (f"task-{task}", task, expert.data)
+    assert carried.private == {f"heads.{one}.{part}" for one in own for part in ("weight", "bias")}
+    backbone = {name for name in target.state_dict() if name.startswith("backbone.")}
+    brought = {"heads.0.weight", "heads.0.bias"} if kind != "random" else set()
+    assert carried.shared == backbone | brought
+
+
+def test_a_transport_sees_data_only_if_it_declares_it(
+    registry: Registry, stream: Stream, context: RunContext, trainer: StrategySpec[Any]
+) -> None:
+    named = replace(stream, release=RELEASE)
+    expert = expert_for(data_of(stream)[0], stream.folds[0], named, trainer, "code", context)
+    carried = carried_to(context.new_model(), expert)
+    spec = replace(registry.strategies["toy"], consumes=TransportExperience)
+    blind = visible_expert(spec, spec.config(), carried)
+    assert isinstance(blind, TransportExperience)
+    assert blind.data is None
+    assert blind.target_base is carried.target_base
+    assert visible_expert(replace(spec, needs_data=True), spec.config(), carried) is carried
+
+
+def test_transports_merges_and_folds_share_one_expert(stream: Stream, context: RunContext, trainer: StrategySpec[Any]) -> None:
+    named = replace(stream, release=RELEASE)
+    first = data_of(stream)[0]
+    experts = [expert_for(first, stream.folds[0], one, trainer, "code", context) for one in (stream, named, named)]
+    assert context.cache.made["expert"] == context.cost.experts_trained == 1
+    assert context.cost.experts_reused == 2
+    weights = [one.expert.state_dict()["heads.0.weight"] for one in experts]
+    assert torch.equal(weights[0], weights[2])
+
+
+def test_a_release_of_another_architecture_is_refused(stream: Stream) -> None:
+    with pytest.raises(ValueError, match="expected one backbone for base and release, got digits-cnn and digits-vit"):
+        replace(stream, release=replace(RELEASE, backbone="digits-vit"))
+
+
+def test_the_release_has_a_hash_of_its_own_and_leaves_that_of_the_base(stream: Stream) -> None:
+    first, second = data_of(stream)
+    learned = BaseRecipe("digits-cnn", kind="supervised")
+    plain = replace(stream, base=learned, base_data=first.train)
+    hashes = [
+        replace(plain, release=replace(learned, seed=seed), release_data=data)
+        for seed, data in ((1, second.train), (2, second.train), (1, first.train))
+    ]
+    assert plain.release_sha256 == ""
+    assert len({one.release_sha256 for one in hashes} | {plain.base_sha256}) == 4
+    assert {one.base_sha256 for one in hashes} == {plain.base_sha256}
+    assert replace(plain, release=learned, release_data=first.train).release_sha256 == plain.base_sha256
+    assert [x.shape for x in hashes[0].unlabelled_release()] == [second.train.x.shape]
+    assert len(replace(plain, release=learned).unlabelled_release()) == 2  # without data of its own, all experiences

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from torch import nn
 
 from shiftproof.benchmark.errors import InputError
-from shiftproof.benchmark.models import Model
-from shiftproof.benchmark.transporting.architectures import vision
-from shiftproof.benchmark.transporting.drafting import FIXED, Draft
-from shiftproof.benchmark.transporting.specification import PermutationSpec, Run, Shapes, specify
+from shiftproof.benchmark.transporting.architectures import clip, convolutional, text, vision
+from shiftproof.benchmark.transporting.architectures.modules import check_module, heads_of, shapes_of
+from shiftproof.benchmark.transporting.drafting import Draft, HeadCount
+from shiftproof.benchmark.transporting.specification import PermutationSpec, Shapes
 
 
 @dataclass(frozen=True)
@@ -19,73 +19,86 @@ class Family:
     """An architecture that is told by its names.
 
     Attributes:
-        marks: Tensors that all of them have.
-        draft: Adds its tensors; is given the number of attention heads, 0 where nobody said.
+        marks: Tensors that all of them have, below a common prefix.
+        draft: Adds its tensors.
     """
 
     name: str
     marks: tuple[str, ...]
-    draft: Callable[[Draft, int], None]
+    draft: Callable[[Draft], None]
+
+    def prefixes(self, shapes: Shapes) -> list[str]:
+        """Where there is one of the family."""
+        mark = self.marks[0]
+        found = [name[: -len(mark)] for name in shapes if name == mark or name.endswith(f".{mark}")]
+        return [prefix for prefix in found if all(prefix + other in shapes for other in self.marks)]
 
 
-FAMILIES = (Family("a Vision Transformer of timm", ("blocks.0.attn.qkv.weight", "blocks.0.mlp.fc1.weight"), vision.timm_vit),)
+BLOCK = "transformer.resblocks.0.attn.in_proj_weight"
+WORDS = "embeddings.word_embeddings.weight"
+PATCHES = "embeddings.patch_embeddings.projection.weight"
+FAMILIES = (
+    Family("timm's Vision Transformer", ("blocks.0.attn.qkv.weight", "blocks.0.mlp.fc1.weight"), vision.timm_vit),
+    Family(
+        "torchvision's Vision Transformer",
+        ("encoder.layers.encoder_layer_0.self_attention.in_proj_weight", "conv_proj.weight"),
+        vision.torchvision_vit,
+    ),
+    Family("a Hugging Face ViT", (PATCHES, "encoder.layer.0.attention.attention.query.weight"), vision.hugging_face_vit),
+    Family("a Hugging Face ViT", (PATCHES, "layers.0.attention.q_proj.weight"), vision.hugging_face_vit),
+    Family("a visual tower of open_clip", ("class_embedding", "conv1.weight", BLOCK), clip.visual_tower),
+    Family("a text tower of open_clip", ("token_embedding.weight", BLOCK), clip.text_tower),
+    Family("a BERT-type encoder", (WORDS, "encoder.layer.0.attention.self.query.weight"), text.bert),
+    Family("a DistilBERT", (WORDS, "transformer.layer.0.attention.q_lin.weight"), text.distilbert),
+    Family("nn.TransformerEncoder", ("layers.0.self_attn.out_proj.weight", "layers.0.linear1.weight"), text.torch_encoder),
+    Family("a ResNet", ("conv1.weight", "bn1.weight", "layer1.0.conv1.weight"), convolutional.resnet),
+    Family("a small ResNet", ("stem.weight", "norm.weight", "stages.0.conv1.weight"), convolutional.small_resnet),
+)
 
 
-def derive(shapes: Shapes, heads: int = 0, prefix: str = "") -> PermutationSpec:
-    """The specification of a state dict of a known architecture.
+def derive(shapes: Shapes, heads: int = 0) -> PermutationSpec:
+    """The specification of a state dict of a known architecture, whatever prefix its names begin with.
+
+    Of open_clip's towers of up to 1024 units the heads are 64 units wide unless their number is given. In a checkpoint with
+    both towers a given number is that of the visual tower.
 
     Args:
         shapes: Of its tensors.
         heads: Attention heads; shapes do not tell them.
-        prefix: What the names begin with.
 
     Raises:
         InputError: If no family is known by these names, tensors are left over, or the heads are not given or do not fit.
     """
-    for family in FAMILIES:
-        if all(prefix + mark in shapes for mark in family.marks):
-            draft = Draft(shapes, prefix)
-            family.draft(draft, heads)
-            return draft.finish()
-    known = ", ".join(family.name for family in FAMILIES)
-    raise InputError(f"expected the tensors of {known}, got {', '.join(list(shapes)[:3])} and so on; give a specification")
+    towers = any("visual." in name for name in shapes)
+    return _derive(shapes, lambda block: 0 if towers and "visual." not in block else heads)
 
 
 def derive_model(model: nn.Module) -> PermutationSpec:
-    """The specification of a module, whose number of heads is read off it.
+    """The specification of a module, whose numbers of heads are read off it.
 
     Raises:
-        InputError: As `derive`.
+        InputError: As `derive`; also where weights are tied, or a layer is none that a specification can be derived for.
     """
-    if isinstance(model, Model):
-        return _with_heads(model, derive_model(model.backbone))
-    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    return derive(shapes, heads_of(model))
+    check_module(model)
+    return _derive(shapes_of(model), lambda block: heads_of(model.get_submodule(block.removesuffix("."))))
 
 
-def heads_of(model: nn.Module) -> int:
-    """Attention heads of a module, 0 where it has none.
-
-    Raises:
-        InputError: If its layers have different numbers of them.
-    """
-    found = {
-        count
-        for module in model.modules()
-        for name in ("num_heads", "num_attention_heads", "heads", "n_heads")
-        if isinstance(count := getattr(module, name, None), int)
-    }
-    if len(found) > 1:
-        raise InputError(f"expected one number of attention heads, got {sorted(found)}; give a specification")
-    return next(iter(found), 0)
-
-
-def _with_heads(model: Model, backbone: PermutationSpec) -> PermutationSpec:
-    """A backbone and its linear heads, which read its features."""
-    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    axes = {f"backbone.{name}": each for name, each in backbone.axes.items()}
-    for task in model.heads:
-        repeat = model.width // backbone.sizes[backbone.output] if backbone.output else 1
-        axes[f"heads.{task}.weight"] = ((), (Run(backbone.output, repeat),) if backbone.output else ())
-        axes[f"heads.{task}.bias"] = ((),)
-    return specify(axes, shapes, backbone.heads, backbone.chains, FIXED)
+def _derive(shapes: Shapes, heads: HeadCount) -> PermutationSpec:
+    draft = Draft(shapes, heads)
+    drafters = [(family.draft, prefix) for family in FAMILIES for prefix in family.prefixes(shapes)]
+    numbered = [] if drafters else convolutional.stacks(list(shapes))
+    if len(numbered) == 1:
+        drafters = [(convolutional.stack, numbered[0])]
+    if not drafters:
+        known = ", ".join(dict.fromkeys(family.name for family in FAMILIES))
+        some = ", ".join(list(shapes)[:3])
+        raise InputError(f"expected the tensors of {known} or one nn.Sequential, got {some} and so on; give a specification")
+    for add, prefix in drafters:
+        part = draft.at(prefix)
+        add(part)
+        draft.output = part.output
+        if draft.output and len(drafters) > 1:
+            raise InputError(
+                f"expected one network or two towers with a joint embedding, got {len(drafters)} networks; give a specification"
+            )
+    return draft.finish()

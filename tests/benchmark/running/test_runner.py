@@ -344,7 +344,7 @@ def test_the_time_for_the_base_which_all_cells_share_is_not_the_cells(
         time.sleep(1.5)
         return build().state_dict()
 
-    monkeypatch.setattr("shiftproof.benchmark.running.runner.base_weights", slow)
+    monkeypatch.setattr("shiftproof.benchmark.running.bases.base_weights", slow)
     before = time.monotonic()
     (cell,) = plan_of("tensor-logs").cells
     record = run_cell(cell, registry, tmp_path)

@@ -1,0 +1,76 @@
+"""Base and new release of a cell's stream: made or out of the cache, with the hashes and the time that the record needs."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from shiftproof.benchmark.cache import Cache
+from shiftproof.benchmark.errors import InputError
+from shiftproof.benchmark.experiences import ArrayData, StateDict
+from shiftproof.benchmark.lifting import tensor_bytes
+from shiftproof.benchmark.models import Model
+from shiftproof.benchmark.pretraining import base_weights
+from shiftproof.benchmark.recipes import BaseRecipe
+from shiftproof.benchmark.records import sha256
+from shiftproof.benchmark.registry.lookup import Registry
+from shiftproof.benchmark.streams import Stream
+
+
+class Bases:
+    """Base and release of one cell.
+
+    Attributes:
+        base_sha256: Of the base's weights; empty before they were asked for.
+        release_sha256: Of the release's.
+        seconds: How long making them took, which is no cell's own time since all share them.
+    """
+
+    def __init__(self, stream: Stream, registry: Registry, cache: Cache, device: torch.device) -> None:
+        self.stream = stream
+        self.registry = registry
+        self.cache = cache
+        self.device = device
+        self.base_sha256 = self.release_sha256 = ""
+        self.seconds = 0.0
+
+    def base(self) -> tuple[Model, StateDict]:
+        """A new model with the stream's heads, and the weights that it should take over."""
+        stream = self.stream
+        weights = self._weights(stream.base, stream.unlabelled(), stream.base_sha256, stream.base_data)
+        self.base_sha256 = _sha256_of_each(weights)
+        model = Model(self.registry.backbone(stream.base.backbone).build(stream.input_shape), stream.heads)
+        model.heads.requires_grad_(not stream.frozen_heads)
+        return model, weights
+
+    def release(self, model: Model) -> Model:
+        """The model with the backbone of the new release and the head that it brings.
+
+        Args:
+            model: A copy of the base's, which is changed; heads that the release does not bring stay.
+
+        Raises:
+            InputError: If the stream has no new release.
+        """
+        stream = self.stream
+        if stream.release is None:
+            raise InputError(f"expected a stream with a new release of its base, got {stream.name}; choose one that has it")
+        weights = self._weights(stream.release, stream.unlabelled_release(), stream.release_sha256, stream.release_data)
+        self.release_sha256 = _sha256_of_each(weights)
+        model.load_base(weights)
+        return model
+
+    def _weights(self, recipe: BaseRecipe, inputs: Sequence[Tensor], identity: str, labelled: ArrayData | None) -> StateDict:
+        before = time.monotonic()
+        build, shape = self.registry.backbone(recipe.backbone).build, self.stream.input_shape
+        weights = base_weights(recipe, lambda: build(shape), inputs, self.cache, identity, self.device, labelled)
+        self.seconds += time.monotonic() - before
+        return weights
+
+
+def _sha256_of_each(weights: StateDict) -> str:
+    return sha256({name: hashlib.sha256(tensor_bytes(tensor)).hexdigest() for name, tensor in sorted(weights.items())})
