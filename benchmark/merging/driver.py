@@ -110,13 +110,16 @@ class Merging:
             return row
 
         with one_thread_each(self.jobs):
-            for _ in range(self.method.rounds):
-                facts = self.method.combine(self._scan(own, facts, blocks is not None, progress), facts)
+            for position in range(self.method.rounds):
+                found = self._scan(own, facts, position == 0, blocks is not None, progress)
+                facts = self.method.combine(found, facts)
             held = (lambda name: self.held(name, self.run_of_merge)) if blocks else self.held
             rows = {row.name: row for row in mapped(finish, names, held, self.jobs, IN_FLIGHT * self.jobs)}
         return [rows[name] for name in self.base.names()]
 
-    def _scan(self, names: Sequence[str], facts: Any, in_runs: bool, progress: Callable[[str], None]) -> dict[str, Any]:
+    def _scan(
+        self, names: Sequence[str], facts: Any, is_first: bool, in_runs: bool, progress: Callable[[str], None]
+    ) -> dict[str, Any]:
         """What one pass finds, by name of the tensor, and where a tensor is scanned in runs by name and start of the run."""
         totals = {name: count(self.base.shape(name)) for name in names}
         steps = {name: RUN if in_runs and self.in_blocks(name) else max(1, total) for name, total in totals.items()}
@@ -126,7 +129,8 @@ class Merging:
         def scan(item: tuple[str, int]) -> Any:
             name, start = item
             is_run = in_runs and self.in_blocks(name)
-            base, experts = self._run(name, runs.read(name, start, totals[name])) if is_run else self._whole(name)
+            stored = runs.read(name, start, totals[name]) if is_run else None
+            base, experts = self._run(name, is_first, stored) if stored else self._whole(name, is_first)
             found = self.method.scan(name, base, experts, facts)
             if start == 0:
                 progress(name)
@@ -153,26 +157,30 @@ class Merging:
         held = self._dtype(name).itemsize * each * (2 + len(self.experts))
         return held * 3 // 2 if self.rule(name)[0] == "spectral" else held
 
+    def _is_new(self, name: str) -> bool:
+        """Whether no pass before the merge goes over a tensor."""
+        return not self.method.rounds or bool(self.rule(name)[1])
+
     def _dtype(self, name: str) -> torch.dtype:
         return self.dtype or (torch.float64 if self.base.dtype(name) == torch.float64 else torch.float32)
 
-    def _whole(self, name: str) -> tuple[Tensor, Sequence[Tensor]]:
-        """Base and experts of a tensor, read, on the device and checked."""
-        base, *readers = (partial(self._read, name, source) for source in (self.base, *self.experts))
+    def _whole(self, name: str, is_first: bool) -> tuple[Tensor, Sequence[Tensor]]:
+        """Base and experts of a tensor, read, on the device, and checked where this is the first pass over it."""
+        base, *readers = (partial(self._read, name, is_first, source) for source in (self.base, *self.experts))
         experts = InTurn(readers)
         return base(), experts if getattr(self.method, "streams", False) else list(experts)
 
-    def _read(self, name: str, source: TensorSource) -> Tensor:
-        return self._computable(name, source, source.read(name))
+    def _read(self, name: str, is_first: bool, source: TensorSource) -> Tensor:
+        return self._computable(name, is_first, source, source.read(name))
 
-    def _run(self, name: str, stored: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
-        """Base and experts of a run of elements that was read."""
-        base, *experts = map(partial(self._computable, name), (self.base, *self.experts), stored)
+    def _run(self, name: str, is_first: bool, stored: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        """Base and experts of a run of elements that was read, as `_whole` gives them."""
+        base, *experts = map(partial(self._computable, name, is_first), (self.base, *self.experts), stored)
         return base, experts
 
-    def _computable(self, name: str, source: TensorSource, stored: Tensor) -> Tensor:
+    def _computable(self, name: str, is_first: bool, source: TensorSource, stored: Tensor) -> Tensor:
         tensor = stored.to(self.device, self._dtype(name))
-        if not is_finite(tensor):
+        if is_first and not is_finite(tensor):
             raise InputError(f"expected finite values, got NaN or infinity in {name!r} of {source.label}")
         return tensor
 
@@ -181,7 +189,7 @@ class Merging:
         shape = self.base.shape(name)
         if rule == "copied":
             return self.base.read(name), TensorRow(name, shape, rule, why)
-        base, experts = self._whole(name)
+        base, experts = self._whole(name, self._is_new(name))
         if all(torch.equal(base, expert) for expert in experts):
             return self.base.read(name), TensorRow(name, shape, "unchanged", SAME)
         return self._merged(name, base, experts, facts), TensorRow(name, shape, rule, why)
@@ -190,13 +198,14 @@ class Merging:
         rule, why = self.rule(name)
         shape = self.base.shape(name)
         total = count(shape)
+        is_new = self._is_new(name)
         row = TensorRow(name, shape, rule, why)
         if rule != "copied" and not _is_changed(name, total, blocks):
             row = TensorRow(name, shape, "unchanged", SAME)
         kept = row.rule in ("copied", "unchanged")
         for start in blocks.starts(total):
             stored = blocks.read(name, start, total, 1 if kept else None)
-            write(name, start, stored[0] if kept else self._merged(name, *self._run(name, stored), facts))
+            write(name, start, stored[0] if kept else self._merged(name, *self._run(name, is_new, stored), facts))
         return row
 
     def _merged(self, name: str, base: Tensor, experts: Sequence[Tensor], facts: Any) -> Tensor:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -14,7 +12,11 @@ from typing import TypeVar
 import torch
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
-_ARENA_MAX = -8  # M_ARENA_MAX of glibc's malloc.h
+from shiftproof.benchmark.merging.libc import hint
+
+_ARENA_MAX, _MMAP_THRESHOLD, _TRIM_THRESHOLD = -8, -3, -1  # of glibc's malloc.h
+_OWN_PAGES = 1 << 23  # bytes from which memory comes from the system and goes back to it: large matrices
+_KEPT = 1 << 24  # bytes of freed memory that stay in the heap
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -44,7 +46,7 @@ def mapped(function: Callable[[T], R], items: Sequence[T], cost: Callable[[T], i
             raise
         finally:
             if costs[position] > limit // jobs:
-                _give_back()
+                hint("malloc_trim", 0)  # the allocator would keep what was freed for the next tensor of that size
             with changed:
                 del held[position]
                 changed.notify()
@@ -67,19 +69,13 @@ def mapped(function: Callable[[T], R], items: Sequence[T], cost: Callable[[T], i
 
 
 def few_arenas() -> None:
-    """Let the threads of this process share one heap: what one has freed another can use. Before any of them starts."""
-    _call_libc("mallopt", _ARENA_MAX, 1)
+    """Let the threads of this process share one heap: what one has freed another can use. Before any of them starts.
 
-
-def _give_back() -> None:
-    """Return to the system what was freed; the allocator would keep it for the next tensor of that size."""
-    _call_libc("malloc_trim", 0)
-
-
-def _call_libc(name: str, *arguments: int) -> None:
-    function = getattr(ctypes.CDLL(None), name, None) if sys.platform == "linux" else None
-    if function is not None:  # musl has neither
-        function(*arguments)
+    A run of elements is freed and taken again hundreds of times: it stays in the heap, as fresh pages cost more than what is
+    computed on them.
+    """
+    for option, value in ((_ARENA_MAX, 1), (_MMAP_THRESHOLD, _OWN_PAGES), (_TRIM_THRESHOLD, _KEPT)):
+        hint("mallopt", option, value)
 
 
 @contextmanager

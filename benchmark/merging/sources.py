@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -129,7 +130,7 @@ def is_finite(tensor: Tensor) -> bool:
     """Whether every element is. The sum is finite if all are; it may also overflow: only then each is looked at."""
     if tensor.dtype.itemsize == 1:  # torch neither adds nor tests them
         tensor = tensor.float()
-    return bool(torch.isfinite(tensor.sum())) or bool(torch.isfinite(tensor).all())
+    return math.isfinite(tensor.sum().item()) or bool(torch.isfinite(tensor).all())
 
 
 def mean(tensors: Sequence[Tensor]) -> Tensor:

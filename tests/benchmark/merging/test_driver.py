@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from shiftproof.benchmark.errors import InputError
+from shiftproof.benchmark.merging import driver
 from shiftproof.benchmark.merging.driver import RUN, Merging, TensorRow, mean, merge_states, spectral_share
 from shiftproof.benchmark.merging.method import MergeMethod
 from shiftproof.benchmark.merging.sources import BLOCK, InMemory
@@ -223,6 +224,31 @@ def test_a_value_that_is_not_finite_is_refused_with_tensor_and_model(
     made[whose][name].view(-1)[3] = value
     with pytest.raises(InputError, match=f"NaN or infinity in '{name}' of model {whose}"):
         in_parts(summing(blockwise), made)
+
+
+@pytest.mark.parametrize("name", ["fc.weight", "bn.running_var"])
+@pytest.mark.parametrize("method", [Largest, Counting])
+def test_a_method_with_passes_refuses_them_too(method: Callable[[], MergeMethod], name: str, states: Any) -> None:
+    made = states(2)
+    made[1][name].view(-1)[3] = float("nan")
+    with pytest.raises(InputError, match=f"NaN or infinity in '{name}' of model 1"):
+        in_parts(method(), made)
+
+
+@pytest.mark.parametrize("blockwise", [True, False])
+def test_inputs_are_looked_at_once_however_many_passes_there_are(
+    blockwise: bool, states: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looked: list[Tensor] = []
+
+    def look(tensor: Tensor) -> bool:
+        looked.append(tensor)
+        return True
+
+    monkeypatch.setattr(driver, "is_finite", look)
+    made = [{"w": state["fc.weight"]} for state in states(2)]
+    in_parts(Counting(rounds=3, blockwise=blockwise), made)
+    assert len(looked) == 3 + 1  # the output
 
 
 def test_finite_values_whose_sum_overflows_are_no_error(summing: Any) -> None:
