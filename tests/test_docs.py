@@ -12,6 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from shiftproof.benchmark.backbones import SmallViT
+
 ROOT = Path(__file__).parents[1]
 READMES = [ROOT / name for name in ("README.md", "plugins/README.md", "datasets/README.md", "leaderboards/README.md")]
 SHIFTPROOF = str(Path(sys.executable).parent / "shiftproof")
@@ -46,6 +48,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         generator = torch.Generator().manual_seed(number)
         tensors = {"weight": torch.randn(16, 8, generator=generator), "bias": torch.randn(16, generator=generator)}
         save_file(tensors, folder / f"{name}.safetensors")
+    for seed, name in enumerate(("old", "old-tuned", "new")):
+        torch.manual_seed(seed)
+        save_file(SmallViT((3, 8, 8), width=16, depth=1).state_dict(), folder / f"{name}.safetensors")
     return folder
 
 
@@ -100,14 +105,48 @@ def test_the_merge_that_a_readme_prints_merges_checkpoints(place: Path) -> None:
     torch.testing.assert_close(load_file(place / "median.safetensors")["weight"], base + lower)
 
 
+def test_the_transport_that_a_readme_prints_transports_checkpoints(place: Path) -> None:
+    (example,) = (text for text in blocks(ROOT / "plugins" / "README.md", "python") if "ByNorm" in text)
+    (place / "by_norm.py").write_text(example)
+    files = "--source-base old.safetensors --source-tuned old-tuned.safetensors --target-base new.safetensors"
+    command = [SHIFTPROOF, "transport", "by-norm", "--plugin", "by_norm.py", *files.split(), "--heads", "4"]
+    done = shell([*command, "--out", "by-norm.safetensors"], place)
+    assert done.returncode == 0, done.stderr
+    old, tuned, new, out = (
+        load_file(place / f"{name}.safetensors")["blocks.0.mlp.fc1.bias"] for name in ("old", "old-tuned", "new", "by-norm")
+    )
+    norms = [load_file(place / f"{name}.safetensors")["blocks.0.mlp.fc1.weight"].norm(dim=1) for name in ("old", "new")]
+    by_rank = [torch.argsort(one) for one in norms]
+    torch.testing.assert_close((out - new)[by_rank[1]], (tuned - old)[by_rank[0]])
+
+
+def test_the_specification_that_a_readme_prints_is_one(tmp_path: Path) -> None:
+    from shiftproof.benchmark.transporting.notation import read_specification
+
+    (example,) = blocks(ROOT / "plugins" / "README.md", "json")
+    (tmp_path / "spec.json").write_text(example)
+    shapes = {
+        "embed.weight": (8, 3),
+        "attn.in_proj_weight": (24, 8),
+        "attn.in_proj_bias": (24,),
+        "attn.out_proj.weight": (8, 8),
+        "fc1.weight": (16, 8),
+        "fc2.weight": (8, 16),
+        "head.weight": (5, 8),
+    }
+    found = read_specification(tmp_path / "spec.json", shapes)
+    assert found.sizes == {"stream": 8, "attn": 8, "middle": 8, "hidden": 16, "last": 8}
+    assert found.heads == {"attn": 4}
+
+
 def test_both_readmes_print_the_same_example() -> None:
     (root,) = (text for text in blocks(ROOT / "README.md", "python") if "SmoothConfig" in text)
     assert root in blocks(ROOT / "plugins" / "README.md", "python")
 
 
 def test_the_readme_names_every_strategy_of_the_suites() -> None:
-    from shiftproof.datasets.suites import DIGITS, MERGES, REFERENCES
+    from shiftproof.datasets.suites import DIGITS, MERGES, REFERENCES, TRANSPORTS
 
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    names = [name.partition("@")[0] for name in (*DIGITS, *MERGES, *REFERENCES)]
+    names = [name.partition("@")[0] for name in (*DIGITS, *MERGES, *REFERENCES, *TRANSPORTS)]
     assert [name for name in names if f"`{name}`" not in text] == []

@@ -20,8 +20,8 @@ def barrier_tables(points: Sequence[float], lines: Sequence[Line]) -> list[Table
     """Loss at every point and the barrier, a row a method; then the accuracy."""
     header = ["loss", "barrier", *(f"{point:g}" for point in points)]
     losses = [[line.label, _number(line.height), *map(_number, line.losses)] for line in lines]
-    accuracies = [[line.label, "", *(f"{value:.1%}" for value in line.accuracies)] for line in lines]
-    return [Table(header, losses), Table(["accuracy", "", *header[2:]], accuracies)]
+    accuracies = [[line.label, *(f"{value:.1%}" for value in line.accuracies)] for line in lines]
+    return [Table(header, losses), Table(["accuracy", *header[2:]], accuracies)]
 
 
 def barrier_json(stream: str, points: Sequence[float], lines: Sequence[Line]) -> dict[str, Any]:
