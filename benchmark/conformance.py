@@ -63,7 +63,7 @@ def stream_for(spec: StrategySpec[Any], permute_groups: bool = False) -> Stream:
     if spec.consumes is not TransportExperience:
         return stream
     (whole,) = stream.folds
-    fold = Fold("blocks", (replace(whole.train[1], index=0),), whole.evals[1:])
+    fold = Fold(whole.name, (replace(whole.train[1], index=0),), whole.evals[1:])
     return replace(stream, scenario=Scenario.TRANSPORT, evaluate="last", folds=(fold,), release=replace(stream.base, seed=1))
 
 
