@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -75,6 +76,7 @@ def releases(
     found = Releases(source, tuned, target, derived(after))
     _check_architecture(found, before, after)
     for checkpoint in (source, tuned, target):
+        _check_untied(checkpoint)
         _check_finite(checkpoint)
     if not found.own and all(_equal(source.read(name), tuned.read(name)) for name in found.shared):
         raise InputError(
@@ -143,6 +145,19 @@ def _check_architecture(found: Releases, before: Shapes, after: Shapes) -> None:
     if odd := wider or deeper:
         label = found.tuned.label
         raise InputError(f"{label}: expected the architecture of {found.source.label}, got another in {_some(odd)}")
+
+
+def _check_untied(checkpoint: Checkpoint) -> None:
+    """Two names for one tensor would need one permutation for what a specification takes for two."""
+    places: dict[object, str] = {}
+    for name in checkpoint.names():
+        if not math.prod(checkpoint.shape(name)):
+            continue
+        entry = checkpoint.entries.get(name)
+        place = checkpoint.loaded[name].data_ptr() if entry is None else (checkpoint.homes[name], entry.offset)
+        if (other := places.setdefault(place, name)) != name:
+            both = f"{other!r} and {name!r}"
+            raise InputError(f"{checkpoint.label}: expected a tensor of its own for every name, got tied {both}; remove one")
 
 
 def _check_finite(checkpoint: Checkpoint) -> None:

@@ -220,6 +220,30 @@ def test_models_that_do_not_belong_together_are_refused(files: dict[str, Path], 
     assert said in refused(files)
 
 
+@pytest.mark.parametrize("zipped", [True, False])
+def test_tied_weights_are_refused(files: dict[str, Path], zipped: bool) -> None:
+    base = drawn(0)
+    tied = {**base, "cls_token": base["norm.weight"].view(1, 1, -1)}
+    torch.save(tied, files["a"].parent / "a.pt", _use_new_zipfile_serialization=zipped)
+    said = refused({**files, "a": files["a"].parent / "a.pt"})
+    assert "tied 'cls_token' and 'norm.weight'" in said
+
+
+def test_transported_fine_tunings_merge_like_any_others(files: dict[str, Path]) -> None:
+    folder = files["a"].parent
+    call(files)
+    generator = torch.Generator().manual_seed(8)
+    other = {name: t + 0.1 * torch.randn(t.shape, generator=generator) for name, t in drawn(0).items()}
+    save_file(other, folder / "ft2.safetensors")
+    assert call({**files, "ft": folder / "ft2.safetensors"}, "--out", folder / "out2.safetensors").exit_code == 0
+    experts = [part for name in ("out", "out2") for part in ("--expert", str(folder / f"{name}.safetensors"))]
+    merged = ["merge", "task-arithmetic", "--base", str(files["b"]), *experts, "--out", str(folder / "merged.safetensors")]
+    assert CliRunner().invoke(app, merged).exit_code == 0
+    whole = {name: t + (tuned(drawn(0))[name] - t) + (other[name] - t) for name, t in drawn(0).items()}
+    ours, theirs = features(load_file(folder / "merged.safetensors")), features(whole)
+    assert torch.allclose(ours.sort(1).values, theirs.sort(1).values, atol=1e-4)
+
+
 def test_a_number_of_heads_that_is_missing_or_does_not_fit_is_refused(files: dict[str, Path]) -> None:
     for heads in ("0", "5", "-1"):
         assert "--heads" in refused(files, "--heads", heads)
