@@ -63,12 +63,14 @@ def _facts(record: RunRecord) -> dict[str, Any]:
         **{name: record.identity[name] for name in of_identity},
         **{name: record.protocol[name] for name in of_protocol},
         "recipe_name": record.protocol["recipe"],
+        **{name: record.identity[name] for name in ("release",) if name in record.identity},
     }
 
 
 def _flat(facts: Mapping[str, Any]) -> dict[str, Any]:
     """What a title may have to say beside the stream's name and version, the recipe's name and 'custom'."""
-    nested = {f"{block}.{name}": value for block in ("knobs", "recipe", "base") for name, value in facts[block].items()}
+    blocks = [block for block in ("knobs", "recipe", "base", "release") if block in facts]
+    nested = {f"{block}.{name}": value for block in blocks for name, value in facts[block].items()}
     names = ("split_sha256", "data_sha256", "protocol_version", "scenario", "evaluate", "tier", "selection")
     plain = {name: facts[name] for name in names}
     return {name: value for name, value in (nested | plain).items() if name != "recipe.name"}

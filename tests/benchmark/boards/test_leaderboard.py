@@ -317,6 +317,26 @@ def test_rows_that_do_not_compare_stand_in_sections_of_their_own(make_record: Ma
     assert [("custom" in section["flags"]) for section in board["sections"]] == [False, changes.get("custom", False)]
 
 
+def test_rows_that_were_carried_to_different_releases_do_not_compare(make_record: MakeRecord) -> None:
+    def carried(strategy: str, kind: str) -> RunRecord:
+        made = make_record(strategy)
+        release = {"backbone": "small-conv", "kind": kind, "sha256": sha256(kind)}
+        found = {**made.identity, "release": release}
+        protocol = {**made.protocol, "release_sha256": release["sha256"], "release_weights_sha256": sha256("weights")}
+        return replace(made, identity=found, run_id=sha256(found), protocol=protocol)
+
+    board = build_board("b", [carried("er", "random"), carried("sgd", "random"), carried("lws", "supervised")])
+    assert [[row["label"] for row in section["rows"]] for section in board["sections"]] in (
+        [["er", "sgd"], ["lws"]],
+        [["sgd", "er"], ["lws"]],
+    )
+    assert [section["release"]["kind"] for section in board["sections"]] == ["random", "supervised"]
+    assert [
+        section["title"].endswith(f"(release.kind={kind})")
+        for section, kind in zip(board["sections"], ("random", "supervised"), strict=True)
+    ] == [True, True]
+
+
 def test_titles_name_what_tells_sections_apart(make_record: MakeRecord) -> None:
     custom = make_record("er", recipe={"name": "standard", "epochs": 4}, custom=True)
     titles = [section["title"] for section in build_board("b", [make_record("er"), custom])["sections"]]
