@@ -10,7 +10,7 @@ from typing import Any
 from matplotlib import style
 from matplotlib.axes import Axes
 
-from shiftproof.benchmark.analysis.canvas import blank, footnote, save
+from shiftproof.benchmark.analysis.canvas import blank, save
 from shiftproof.benchmark.analysis.releases import WITHOUT_MAPS, Curve, Line
 from shiftproof.benchmark.analysis.tables import Table
 from shiftproof.benchmark.boards.figures import COLOURS, STYLE
@@ -54,7 +54,7 @@ def draw_barriers(stream: str, points: Sequence[float], lines: Sequence[Line], p
             axes.set_xlabel("0 = aligned old release, 1 = new release")
         handles, labels = left.get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, fontsize=7)
-        footnote(figure, f"{stream}. Residual maps are interpolated and rounded to the next permutation.")
+        figure.suptitle(f"{stream}; residual maps are interpolated and rounded to the next permutation", fontsize=8)
         return save(figure, path)
 
 
@@ -85,9 +85,8 @@ def draw_scales(stream: str, alphas: Sequence[float], groups: Sequence[str], cur
             axes.set_title(f"{name}: accuracy minus that at scale 0 (points)")
             handles, labels = axes.get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=5, frameon=False, fontsize=7)
-        footnote(
-            figure, f"{stream}, mean over folds. At scale 0 a method has the new release and the head as it carries it over."
-        )
+        told = "mean over folds; at scale 0 a method has the new release and the head as it carries it over"
+        figure.suptitle(f"{stream}, {told}", fontsize=8)
         return save(figure, path)
 
 

@@ -78,9 +78,11 @@ def experts_from(origin: FromStream) -> StreamExperts:
     registry = registry_for(catalogue(), names, origin.plugin)
 
     from shiftproof.benchmark.analysis.experts import experts_of_stream, request_for
+    from shiftproof.benchmark.running.jobs import limit_threads
 
     request = request_for(registry, origin.stream, origin.seed, origin.fold, origin.overrides)
     root = str(origin.data_root) if origin.data_root else None
+    limit_threads()  # what is made here is what cells, which have one thread, take out of the cache
     with show_progress("experts", None, origin.quiet) as progress:
         return experts_of_stream(registry, request, chosen_device(origin.device), root, progress)
 
@@ -121,10 +123,12 @@ def transports_from(origin: FromStream, methods: str) -> tuple[Transports, dict[
 
     from shiftproof.benchmark.analysis.experts import request_for
     from shiftproof.benchmark.analysis.releases import method_named, transports_of_stream
+    from shiftproof.benchmark.running.jobs import limit_threads
 
     named = {label: method_named(registry, label) for label in labels}
     request = request_for(registry, origin.stream, origin.seed, "", origin.overrides)
     root = str(origin.data_root) if origin.data_root else None
+    limit_threads()  # what is made here is what cells, which have one thread, take out of the cache
     with show_progress("fine-tunings", None, origin.quiet) as progress:
         return transports_of_stream(registry, request, chosen_device(origin.device), root, progress), named
 
