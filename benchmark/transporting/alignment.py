@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from shiftproof.benchmark.experiences import StateDict
@@ -74,6 +75,11 @@ def added(target: StateDict, vector: StateDict, alpha: float = 1.0) -> StateDict
         name: (_wide(tensor) + alpha * vector[name]).to(tensor.dtype) if name in vector else tensor
         for name, tensor in target.items()
     }
+
+
+def inner_product(one: Tensor, other: Tensor) -> float:
+    """Of two tensors of one shape, summed in double precision without a copy in it."""
+    return float((_wide(one) * _wide(other)).sum(dtype=torch.float64))
 
 
 def _wide(tensor: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from shiftproof.benchmark.experiences import StateDict
-from shiftproof.benchmark.transporting.alignment import STATISTICS, Alignment
+from shiftproof.benchmark.transporting.alignment import STATISTICS, Alignment, inner_product
 from shiftproof.benchmark.transporting.specification import Permutations
 
 DRAWS = 3  # random permutations that a matched similarity is compared with
@@ -64,9 +64,10 @@ def matches(alignment: Alignment, source: StateDict, target: StateDict, seed: in
     for name, axes in specification.axes.items():
         if not any(axes) or name.endswith(STATISTICS):
             continue
-        ours, theirs = target[name].double(), source[name].double()
-        products = [(ours * specification.apply_to(name, theirs, one)).sum() for one in candidates]
-        found = torch.stack([*products, ours.square().sum(), theirs.square().sum(), torch.tensor(float(ours.numel())).double()])
+        ours, theirs = target[name], source[name]
+        products = [inner_product(ours, specification.apply_to(name, theirs, one)) for one in candidates]
+        norms = [inner_product(tensor, tensor) for tensor in (ours, theirs)]
+        found = torch.tensor([*products, *norms, ours.numel()], dtype=torch.float64)
         for layer in (WHOLE, name.rpartition(".")[0] or name):
             sums[layer] = sums.get(layer, torch.zeros(len(found), dtype=torch.float64)) + found
     return [_row(layer, found) for layer, found in sums.items()]

@@ -17,7 +17,7 @@ from annotated_types import Ge
 from torch import Tensor
 
 from shiftproof.benchmark.experiences import StateDict
-from shiftproof.benchmark.transporting.alignment import STATISTICS, Alignment, Search
+from shiftproof.benchmark.transporting.alignment import STATISTICS, Alignment, Search, inner_product
 from shiftproof.benchmark.transporting.method import Progress, silent
 from shiftproof.benchmark.transporting.specification import PermutationSpec, Slot
 from shiftproof.strategies.transport.assignment import assign, moved, picked, units
@@ -95,7 +95,7 @@ class Matching:
         """Inner product of the target and the permuted source over all matched tensors, eq. 7.5."""
         names = sorted({slot.tensor for slots in self.matched.values() for slot in slots})
         pairs = ((self.target[name], self.specification.apply_to(name, self.source[name], self.permutations)) for name in names)
-        return sum(float((ours.double() * theirs.double()).sum()) for ours, theirs in pairs)
+        return sum(inner_product(ours, theirs) for ours, theirs in pairs)
 
     def similarity(self, name: str, order: Tensor) -> Tensor:
         """(G, n / G, n / G) inner products of units of the target with units of the source, over all matched tensors.
