@@ -13,7 +13,6 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 from annotated_types import Ge, Le
-from torch import Tensor
 
 from shiftproof.benchmark import (
     ArrayData,
@@ -28,8 +27,8 @@ from shiftproof.benchmark import (
     leave_one_domain_out,
 )
 from shiftproof.datasets.digits import LICENCE, SOURCE
-from shiftproof.datasets.domains import DOMAINS, Rendition, plain
-from shiftproof.datasets.renditions import move, renderer
+from shiftproof.datasets.domains import DOMAINS, Rendition, draw, plain
+from shiftproof.datasets.renditions import renderer
 from shiftproof.datasets.splits import ROWS, Array, digits, split
 
 SIZE = 16  # pixels a side
@@ -93,15 +92,7 @@ def parts(config: DomainsConfig) -> tuple[Array, Array, Array]:
 
 
 def _draw(row: int, index: Array, rendition: Rendition, config: DomainsConfig) -> ArrayData:
-    drawer, (_, labels) = renderer(config.split_seed, SIZE, config.noise, config.shift), digits()
-    offset = drawer.offset(row, index)
-    noise = drawer.noise[drawer.split.noise_index[row, index]].astype(np.int32)
-    pictures = np.clip(rendition(move(drawer.grey[index], offset), noise), 0, 255).astype(np.uint8)
-    return ArrayData(torch.from_numpy(pictures), _int64(labels[index]))
-
-
-def _int64(values: Array) -> Tensor:
-    return torch.from_numpy(values.astype(np.int64))
+    return draw(renderer(config.split_seed, SIZE, config.noise, config.shift), row, index, rendition)
 
 
 def _hash(config: DomainsConfig) -> str:

@@ -31,8 +31,8 @@ from shiftproof.benchmark import (
     hookimpl,
 )
 from shiftproof.datasets.digits import LICENCE, NAMES, SOURCE, TASKS
-from shiftproof.datasets.domains import DOMAINS, Rendition, plain
-from shiftproof.datasets.renditions import move, renderer
+from shiftproof.datasets.domains import DOMAINS, Rendition, draw, plain
+from shiftproof.datasets.renditions import renderer
 from shiftproof.datasets.splits import ROWS, Array, digits, split
 
 SIZE = 16  # pixels a side
@@ -149,11 +149,7 @@ def _question(row: int, index: Array, config: ReleasesConfig) -> ArrayData:
 
 
 def _draw(row: int, index: Array, rendition: Rendition, config: ReleasesConfig) -> ArrayData:
-    drawer, (_, labels) = renderer(config.split_seed, SIZE, config.noise, config.shift), digits()
-    offset = drawer.offset(row, index)
-    noise = drawer.noise[drawer.split.noise_index[row, index]].astype(np.int32)
-    pictures = np.clip(rendition(move(drawer.grey[index], offset), noise), 0, 255).astype(np.uint8)
-    return ArrayData(torch.from_numpy(pictures), _int64(labels[index]))
+    return draw(renderer(config.split_seed, SIZE, config.noise, config.shift), row, index, rendition)
 
 
 def _int64(values: Array) -> Tensor:

@@ -5,13 +5,28 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
+import torch
 from numpy.lib.stride_tricks import sliding_window_view
 
-from shiftproof.datasets.renditions import WHITE
-from shiftproof.datasets.splits import Array
+from shiftproof.benchmark import ArrayData
+from shiftproof.datasets.renditions import WHITE, Renderer, move
+from shiftproof.datasets.splits import Array, digits
 
 Rendition = Callable[[Array, Array], Array]
 """(N, S, S) uint8 grey digits and (N, 3, S, S) int16 noise to (N, 3, S, S) int32 pictures, clipped later."""
+
+
+def draw(drawer: Renderer, row: int, index: Array, rendition: Rendition) -> ArrayData:
+    """Pictures of digits in a rendition, with their ten classes.
+
+    Args:
+        row: Row of the split, which says shifts and noise.
+        index: (N,) int, which digits.
+    """
+    noise = drawer.noise[drawer.split.noise_index[row, index]].astype(np.int32)
+    pictures = rendition(move(drawer.grey[index], drawer.offset(row, index)), noise)
+    labels = digits()[1][index].astype(np.int64)
+    return ArrayData(torch.from_numpy(np.clip(pictures, 0, 255).astype(np.uint8)), torch.from_numpy(labels))
 
 
 def neighbourhood(grey: Array) -> Array:

@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from shiftproof.benchmark import config, lifting
 from shiftproof.benchmark.analysis.deltas import Deltas, Progress, silent
@@ -109,16 +109,22 @@ def experts_of_stream(
     if reason := lifting.obstacle(ONLOOKER, stream):
         raise InputError(f"expected a stream of data or of experts, got {stream.name}, which {reason}")
     experiences, evals = _experiences(stream, folds), _evals(stream, folds)
-    knobs = asdict(config.resolve(registry.stream(request.stream).config(), request.knobs, request.stream))
-    trainer = experts_of(registry, ONLOOKER, stream)
-    cell = identify(request, ONLOOKER, OnlookerConfig(), stream, knobs, device, trainer)
     experts = {}
     with tempfile.TemporaryDirectory() as folder:
-        context = CellRun(cell, registry, Path(folder), Cache(), device, math.inf).context
+        run = onlooking(registry, request, ONLOOKER, stream, device, Path(folder))
         for name, (one, fold) in experiences.items():
-            experts[name] = _expert(one, fold, stream, registry, trainer, context)
+            experts[name] = _expert(one, fold, run)
             progress(name)
     return StreamExperts(stream, experts, evals)
+
+
+def onlooking(
+    registry: Registry, request: RunRequest, spec: StrategySpec[Any], stream: Stream, device: str, folder: Path
+) -> CellRun:
+    """A cell of a strategy that only looks on, for what the harness hands it; experts come out of the cache."""
+    knobs = asdict(config.resolve(registry.stream(request.stream).config(), request.knobs, request.stream))
+    cell = identify(request, spec, spec.config(), stream, knobs, device, experts_of(registry, spec, stream))
+    return CellRun(cell, registry, folder, Cache(), device, math.inf)
 
 
 def chosen(kind: str, known: Mapping[str, T], names: Sequence[str]) -> list[T]:
@@ -168,14 +174,11 @@ def _namesakes(stream: Stream, name: str) -> InputError:
     return InputError(f"expected --fold, since {name!r} is not the same data in all folds of {stream.name}: {folds}")
 
 
-def _expert(
-    one: Experience, fold: Fold, stream: Stream, registry: Registry, trainer: Mapping[str, str], context: RunContext
-) -> ExpertExperience:
-    if isinstance(one, ExpertExperience):
-        return one
+def _expert(one: Experience, fold: Fold, run: CellRun) -> ExpertExperience:
     plain = one.without_groups() if isinstance(one, GroupedExperience) else one
-    spec, _, _ = registry.strategy(lifting.EXPERT_TRAINER)
     try:
-        return lifting.expert_for(plain, fold, stream, spec, trainer["code_sha256"], context)
+        expert = run.consumed(plain, fold)
     except NotFiniteError as error:
         raise InputError(f"expected an expert on {one.name!r}, got: {error}; choose another --set recipe.lr") from error
+    assert isinstance(expert, ExpertExperience)
+    return expert

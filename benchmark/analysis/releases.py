@@ -8,15 +8,14 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
-from shiftproof.benchmark import config, lifting
+from shiftproof.benchmark import lifting
 from shiftproof.benchmark.analysis.barrier import barrier_height, check_points
 from shiftproof.benchmark.analysis.deltas import Progress, silent
-from shiftproof.benchmark.analysis.experts import Onlooker, OnlookerConfig
+from shiftproof.benchmark.analysis.experts import Onlooker, OnlookerConfig, onlooking
 from shiftproof.benchmark.analysis.measuring import Measured, measure
-from shiftproof.benchmark.cache import Cache
 from shiftproof.benchmark.contracts import StrategySpec
 from shiftproof.benchmark.errors import InputError
 from shiftproof.benchmark.evaluation import evaluate
@@ -24,8 +23,7 @@ from shiftproof.benchmark.experiences import EvalSet, StateDict, TransportExperi
 from shiftproof.benchmark.models import Model
 from shiftproof.benchmark.records import RunRequest
 from shiftproof.benchmark.registry.lookup import Registry
-from shiftproof.benchmark.running.cells import build_stream, experts_of, identify
-from shiftproof.benchmark.running.runner import CellRun
+from shiftproof.benchmark.running.cells import build_stream
 from shiftproof.benchmark.streams import Stream
 from shiftproof.benchmark.transporting.alignment import Alignment, added, task_vector
 from shiftproof.benchmark.transporting.architectures import derive_model
@@ -90,17 +88,14 @@ def transports_of_stream(
     stream = build_stream(registry, request, data_root)
     if reason := lifting.obstacle(ONLOOKER, stream):
         raise InputError(f"expected a stream with a new release of its base, got {stream.name}, which {reason}")
-    knobs = asdict(config.resolve(registry.stream(request.stream).config(), request.knobs, request.stream))
-    trainer = experts_of(registry, ONLOOKER, stream)
-    cell = identify(request, ONLOOKER, OnlookerConfig(), stream, knobs, device, trainer)
-    spec, _, _ = registry.strategy(lifting.EXPERT_TRAINER)
     found = {}
     with tempfile.TemporaryDirectory() as folder:
-        run = CellRun(cell, registry, Path(folder), Cache(), device, float("inf"))
+        run = onlooking(registry, request, ONLOOKER, stream, device, Path(folder))
         for fold in stream.folds:
             (one,) = lifting.lift(ONLOOKER, fold)
-            expert = lifting.expert_for(one, fold, stream, spec, trainer["code_sha256"], run.context)  # type: ignore[arg-type]
-            found[fold.name] = (lifting.carried_to(run.release(), expert), fold.evals)
+            experience = run.consumed(one, fold)
+            assert isinstance(experience, TransportExperience)
+            found[fold.name] = (experience, fold.evals)
             progress(fold.name)
     return Transports(stream, found)
 

@@ -6,7 +6,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -19,11 +19,14 @@ from shiftproof.benchmark.cli.run import PluginFiles
 from shiftproof.benchmark.errors import InputError
 
 if TYPE_CHECKING:
-    from shiftproof.benchmark.merging.inputs import Located
+    from shiftproof.benchmark.experiences import StateDict
     from shiftproof.benchmark.transporting.alignment import Alignment
     from shiftproof.benchmark.transporting.disk import Releases
     from shiftproof.benchmark.transporting.method import Progress, RebasinMethod
     from shiftproof.benchmark.transporting.specification import PermutationSpec, Shapes
+
+    Pair = tuple[StateDict, StateDict]
+    """Both releases, in the tensors that are aligned."""
 
 PROVENANCE = "shiftproof.transport"  # key of the metadata
 
@@ -51,6 +54,7 @@ def transport(
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress bar.")] = False,
 ) -> None:
     """Carry a fine-tuning over to a new release of its backbone, without data and without training."""
+    from shiftproof.benchmark.merging.hashing import Hashing
     from shiftproof.benchmark.merging.inputs import check_output, locate
 
     if alignment and save_alignment:
@@ -63,21 +67,25 @@ def transport(
         _check_new(save_alignment, force)
     wanted = [*overrides, *([f"alpha={alpha}"] if alpha is not None else [])]
 
-    from shiftproof.benchmark.merging.checkpoints import opened  # torch, from here on
-    from shiftproof.benchmark.transporting.disk import releases
+    files = [file for item in located for file in item.files]
+    with nullcontext() if dry_run else Hashing(files) as hashing:
+        from shiftproof.benchmark.merging.checkpoints import opened  # torch, from here on
+        from shiftproof.benchmark.transporting.disk import releases, states
 
-    built, facts = _method(method, wanted, plugin)
-    with opened(located) as (target, source, tuned):
-        found = releases(source, tuned, target, lambda shapes: _specification(shapes, heads, specification))
-        aligned, facts = _aligned(built, facts, found, alignment, quiet)
-        _report(aligned, found, diagnostics)
-        if save_alignment is not None:
-            from shiftproof.benchmark.transporting.files import save_alignment as save
+        built, facts = _method(method, wanted, plugin)
+        with opened(located) as (target, source, tuned):
+            found = releases(source, tuned, target, lambda shapes: _specification(shapes, heads, specification))
+            pair = states(found)
+            aligned, facts = _aligned(built, facts, found, pair, alignment, quiet)
+            _report(aligned, pair, diagnostics)
+            del pair
+            if save_alignment is not None:
+                from shiftproof.benchmark.transporting.files import save_alignment as save
 
-            save(save_alignment, aligned, facts)
-            typer.echo(f"wrote: {save_alignment}")
-        if not dry_run:
-            _write(built, facts, found, aligned, located, out, force, quiet)
+                save(save_alignment, aligned, facts)
+                typer.echo(f"wrote: {save_alignment}")
+            if hashing is not None:
+                _write(built, facts, found, aligned, hashing.result(), out, force, quiet)
 
 
 def _method(label: str, overrides: Sequence[str], plugin: Sequence[Path]) -> tuple[RebasinMethod, dict[str, Any]]:
@@ -115,13 +123,12 @@ def _specification(shapes: Shapes, heads: int, path: Path | None) -> Permutation
 
 
 def _aligned(
-    built: RebasinMethod, facts: dict[str, Any], found: Releases, path: Path | None, quiet: bool
+    built: RebasinMethod, facts: dict[str, Any], found: Releases, pair: Pair, path: Path | None, quiet: bool
 ) -> tuple[Alignment, dict[str, Any]]:
     """The alignment that a file has, or that the method finds; and what is known of it."""
-    from shiftproof.benchmark.transporting.disk import states
     from shiftproof.benchmark.transporting.files import identity_of, load_alignment
 
-    source, target = states(found)
+    source, target = pair
     specification = found.specification.restricted(frozenset(found.shared))
     identity = identity_of(source, target)
     if path is not None:
@@ -145,13 +152,11 @@ def _aligned(
     return aligned, {**facts, **identity}
 
 
-def _report(aligned: Alignment, found: Releases, folder: Path | None) -> None:
+def _report(aligned: Alignment, pair: Pair, folder: Path | None) -> None:
     """Print how alike the releases become, and write picture and JSON into the folder."""
     from shiftproof.benchmark.transporting.diagnostics import matches, moves
-    from shiftproof.benchmark.transporting.disk import states
 
-    source, target = states(found)
-    layers, moved = matches(aligned, source, target), moves(aligned)
+    layers, moved = matches(aligned, *pair), moves(aligned)
     header = ["layer", "parameters", "similarity", "aligned", "at random"]
     rows = [[one.layer, f"{one.parameters:,}", *(f"{v:.4f}" for v in (one.before, one.matched, one.random))] for one in layers]
     print_table(header, rows)
@@ -171,23 +176,20 @@ def _write(
     facts: Mapping[str, Any],
     found: Releases,
     aligned: Alignment,
-    located: Sequence[Located],
+    sha256: Mapping[Path, str],
     out: Path,
     force: bool,
     quiet: bool,
 ) -> None:
     from importlib.metadata import version
 
-    from shiftproof.benchmark.merging.hashing import Hashing
     from shiftproof.benchmark.merging.writing import Output
     from shiftproof.benchmark.records import canonical
     from shiftproof.benchmark.transporting.disk import write
     from shiftproof.benchmark.transporting.files import sha256_of_permutations
 
-    with Hashing([file for item in located for file in item.files]) as hashing:
-        digests = hashing.result()
-    roles = zip(("target_base", "source_base", "source_tuned"), located, strict=True)
-    inputs = {role: [{"name": file.name, "sha256": digests[file]} for file in item.files] for role, item in roles}
+    roles = {"target_base": found.target, "source_base": found.source, "source_tuned": found.tuned}
+    inputs = {role: [{"name": file.name, "sha256": sha256[file]} for file in one.located.files] for role, one in roles.items()}
     recipe = {**facts, "alpha": built.config.alpha, "permutations_sha256": sha256_of_permutations(aligned)}
     text = canonical({**recipe, "inputs": inputs, "shiftproof": version("shiftproof")})
     try:

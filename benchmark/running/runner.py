@@ -87,7 +87,7 @@ class CellRun:
             self._tell(experiences[position].name, position)  # observers of this attempt have not heard of them
         for position in range(progress.learned, len(experiences)):
             self.where = f"experience {experiences[position].name!r}"
-            experience = self._consumed(experiences[position], fold)
+            experience = self.consumed(experiences[position], fold)
             progress.logs.append(self._learn(strategy, experience, position))
             is_measured = cell.stream.evaluate == "each" or position == len(experiences) - 1
             progress.rows.append(self._evaluate(strategy, fold, position) if is_measured else [])
@@ -103,7 +103,7 @@ class CellRun:
             "class_counts": [[[list(pair) for pair in counts.classes] for counts in row] for _, row in measured],
         }
 
-    def _consumed(self, experience: Experience, fold: Fold) -> Experience:
+    def consumed(self, experience: Experience, fold: Fold) -> Experience:
         """The experience itself, or the expert that was fine-tuned on it."""
         cell = self.cell
         if isinstance(experience, DataExperience) and lifting.is_lifted(cell.spec, cell.stream):

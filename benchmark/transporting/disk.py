@@ -96,15 +96,6 @@ def states(found: Releases) -> tuple[StateDict, StateDict]:
     return source, target
 
 
-def fate_of(found: Releases, name: str) -> Fate:
-    """What becomes of a tensor."""
-    if name in found.own:
-        return "carried over"
-    if not found.tuned.dtype(name).is_floating_point or name.endswith(STATISTICS):
-        return "left"
-    return "unchanged" if _equal(found.source.read(name), found.tuned.read(name)) else "transported"
-
-
 def write(
     found: Releases, alignment: Alignment, alpha: float, output: Output, progress: Callable[[str], None] = lambda name: None
 ) -> dict[str, Fate]:
@@ -115,20 +106,25 @@ def write(
     """
     fates: dict[str, Fate] = {}
     for name in [*found.shared, *found.own]:
-        fates[name] = fate_of(found, name)
-        output.write(name, _written(found, alignment, alpha, name, fates[name]))
+        fates[name], tensor = _carried(found, alignment, alpha, name)
+        output.write(name, tensor)
         progress(name)
     return fates
 
 
-def _written(found: Releases, alignment: Alignment, alpha: float, name: str, fate: Fate) -> Tensor:
-    if fate == "carried over":
-        return found.specification.apply_to(name, found.tuned.read(name), alignment.permutations)
+def _carried(found: Releases, alignment: Alignment, alpha: float, name: str) -> tuple[Fate, Tensor]:
+    """What becomes of a tensor, and what it is then."""
+    tuned = found.tuned.read(name)
+    if name in found.own:
+        return "carried over", found.specification.apply_to(name, tuned, alignment.permutations)
     target = found.target.read(name)
-    if fate != "transported":
-        return target
-    vector = task_vector({name: found.source.read(name)}, {name: found.tuned.read(name)})
-    return added({name: target}, found.specification.apply(vector, alignment.permutations), alpha)[name]
+    if not tuned.is_floating_point() or name.endswith(STATISTICS):
+        return "left", target
+    source = found.source.read(name)
+    if _equal(source, tuned):
+        return "unchanged", target
+    vector = found.specification.apply(task_vector({name: source}, {name: tuned}), alignment.permutations)
+    return "transported", added({name: target}, vector, alpha)[name]
 
 
 def _check_architecture(found: Releases, before: Shapes, after: Shapes) -> None:
