@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from shiftproof.benchmark.transporting.architectures import derive, derive_model
+from shiftproof.benchmark.transporting.residuals import residual_maps, settled
 from shiftproof.benchmark.transporting.specification import Permutations, PermutationSpec, Run
+from shiftproof.strategies.transport import MatchConfig, Matching
 from tests.benchmark.transporting.zoo import NETS, SLOW, Inputs, Net, filled, hugging_face, in_dtype, words
 
 GROUPED = [pytest.param(net, id=name, marks=pytest.mark.xdist_group("slow-imports")) for name, net in SLOW.items()]
@@ -46,6 +48,25 @@ def test_a_random_permutation_leaves_the_outputs_as_they_are(net: Net) -> None:
     permutations = spec.random(torch.Generator().manual_seed(2))
     assert change(model, spec, permutations, inputs) < 1e-9
     assert change(model.float(), spec, permutations, in_dtype(inputs, torch.float32)) < 1e-5
+
+
+@pytest.mark.parametrize("net", EVERY)
+@pytest.mark.parametrize("form", ["segments", "shared"])
+def test_a_permutation_that_was_found_leaves_the_outputs_as_they_are(net: Net, form: str) -> None:
+    model, inputs = filled(net.build()), net.inputs()
+    spec = derive_model(model) if form == "segments" else derive_model(model).shared()
+    generator = torch.Generator().manual_seed(9)
+    source = model.state_dict()
+    target = {name: torch.randn(t.shape, generator=generator, dtype=torch.float64) for name, t in source.items()}
+    found = Matching(source, target, spec, MatchConfig(max_sweeps=5)).run()
+    assert any(not units.equal(units.sort().values) for units in found.permutations.values())
+    # With its residual maps, the network is the plain one whose streams all have the permutation of their first segment.
+    first = {name: found.permutations[chain[0]] for chain in spec.chains for name in chain}
+    plain = {**found.permutations, **first}
+    with_maps = settled(spec, found.apply(source), residual_maps(spec, found.permutations))
+    assert all(tensor.equal(with_maps[name]) for name, tensor in spec.apply(source, plain).items())
+    assert change(model, spec, plain, inputs) < 1e-9
+    assert change(model.float(), spec, plain, in_dtype(inputs, torch.float32)) < 1e-5
 
 
 @pytest.mark.parametrize("net", EVERY)
