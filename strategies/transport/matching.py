@@ -64,6 +64,8 @@ class Matching:
         self.matched = {name: self._matched(name) for name in specification.sizes}
         self.readers = {name: self._readers(name) for name in specification.sizes}
         self.stale = set(specification.sizes)
+        self.parts = dict.fromkeys(sorted({slot.tensor for slots in self.matched.values() for slot in slots}), 0.0)
+        self.touched = set(self.parts)  # tensors whose part of the objective is to be taken again
         self.orders: dict[str, Tensor] = {}  # (H,) int64 of each attention: head h comes from head order[h]
         self.is_intra = config.schedule == "alternate"
         self.seconds = dict.fromkeys(("singular values", "products", "assignments"), 0.0)
@@ -93,9 +95,11 @@ class Matching:
 
     def objective(self) -> float:
         """Inner product of the target and the permuted source over all matched tensors, eq. 7.5."""
-        names = sorted({slot.tensor for slots in self.matched.values() for slot in slots})
-        pairs = ((self.target[name], self.specification.apply_to(name, self.source[name], self.permutations)) for name in names)
-        return sum(inner_product(ours, theirs) for ours, theirs in pairs)
+        for name in self.touched:
+            theirs = self.specification.apply_to(name, self.source[name], self.permutations)
+            self.parts[name] = inner_product(self.target[name], theirs)
+        self.touched.clear()
+        return sum(self.parts.values())
 
     def similarity(self, name: str, order: Tensor) -> Tensor:
         """(G, n / G, n / G) inner products of units of the target with units of the source, over all matched tensors.
@@ -128,6 +132,7 @@ class Matching:
             return False
         self.permutations[name] = found
         self.stale |= self.readers[name]
+        self.touched.update(slot.tensor for slot in self.specification.slots[name] if slot.tensor in self.parts)
         return True
 
     def _best(self, name: str) -> Tensor | None:
