@@ -21,10 +21,12 @@ import torch
 from threadpoolctl import ThreadpoolController  # type: ignore[import-untyped]
 from torch import Tensor
 
-from shiftproof.strategies.eigenpairs import leading_eigenpairs
+from shiftproof.strategies.eigenpairs import gram, leading_eigenpairs
 
 TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-12}
 """Singular values at or below this part of the largest are taken for zero."""
+
+_ROWS = 256  # that are taken to float64 at once
 
 _DELICATE = 1e-3
 """Eigenvalues below this part of the largest have inverse roots too large for a product in float32."""
@@ -126,27 +128,22 @@ def textbook_polar_factor(matrix: Tensor) -> Tensor:
 
 
 def _tall_triplets(matrix: Tensor, count: int) -> Triplets:
-    s, v = _leading_eigenpairs(_gram(matrix.double()), count, matrix.dtype)
-    s = s.clamp(min=0).sqrt()
+    if matrix.device.type == "cpu":
+        with _one_thread:
+            found, basis = leading_eigenpairs(gram(matrix), count)
+        values, v = torch.from_numpy(found.copy()), torch.from_numpy(basis.T.copy()).to(matrix.dtype).T
+    else:
+        every, vectors = _eigenpairs(matrix)
+        values, v = every[-count:].flip(0), vectors[:, -count:].flip(1).to(matrix.dtype)
+    s = values.clamp(min=0).sqrt()
     counts = s > TOLERANCE[matrix.dtype] * s[0]
     inverse = torch.where(counts, s, 1.0).reciprocal() * counts
     return Triplets(matrix @ (v * inverse.to(matrix.dtype)), s.to(matrix.dtype), v)
 
 
-def _leading_eigenpairs(gram: Tensor, count: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """The largest eigenvalues in descending order, float64, with their vectors in `dtype`. The matrix is overwritten."""
-    if gram.device.type == "cpu":
-        with _one_thread:
-            values, vectors = leading_eigenpairs(gram.numpy(), count)
-        return torch.from_numpy(values.copy()), torch.from_numpy(vectors.T.copy()).to(dtype).T
-    found, basis = torch.linalg.eigh(gram)
-    return found[-count:].flip(0), basis[:, -count:].flip(1).to(dtype)
-
-
 def _tall_polar(matrix: Tensor) -> Polar:
     """X G^(-1/2), where the delicate part of the root stays in float64."""
-    double = matrix.double()
-    values, vectors = torch.linalg.eigh(_gram(double))
+    values, vectors = _eigenpairs(matrix)
     top = values[-1]
     counts = values > TOLERANCE[matrix.dtype] ** 2 * top
     inverse = torch.where(counts, values, 1.0).rsqrt() * counts
@@ -155,18 +152,20 @@ def _tall_polar(matrix: Tensor) -> Polar:
     factor = matrix @ (quarter @ quarter.T)
     if split:
         delicate = vectors[:, :split]
-        factor += (((double @ delicate) * inverse[:split]) @ delicate.T).to(matrix.dtype)
+        for rows, into in zip(matrix.split(_ROWS), factor.split(_ROWS), strict=True):
+            into += (((rows.double() @ delicate) * inverse[:split]) @ delicate.T).to(matrix.dtype)
     s = (values * counts).clamp(min=0).sqrt().flip(0)
     return Polar(factor, s.to(matrix.dtype))
 
 
-def _gram(matrix: Tensor) -> Tensor:
-    """(n, n) X^T X of (m, n) float64."""
+def _eigenpairs(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """All eigenvalues of X^T X in ascending order with their vectors, float64."""
     if matrix.device.type != "cpu":
-        return matrix.T @ matrix
+        double = matrix.double()
+        return tuple(torch.linalg.eigh(double.T @ double))
     with _one_thread:
-        array = matrix.numpy()
-        return torch.from_numpy(array.T @ array)  # NumPy sees a symmetric product and computes half of it
+        product = torch.from_numpy(gram(matrix))
+    return tuple(torch.linalg.eigh(product, UPLO="U"))
 
 
 class _OneThread:

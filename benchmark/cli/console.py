@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import shutil
 import sys
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import zip_longest
 from typing import TYPE_CHECKING
 
@@ -19,6 +21,18 @@ if TYPE_CHECKING:
 PIPE_WIDTH = 220  # columns of a board where the reader is a file or another program
 NARROWEST = 16  # columns that a cell of text is given at least
 GAP = 2
+
+
+@contextmanager
+def heavy_imports() -> Iterator[None]:
+    """Around imports of torch: the garbage collector looks at all that they make again and again, and all of it stays."""
+    is_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if is_enabled:
+            gc.enable()
 
 
 def catalogue() -> Catalogue:

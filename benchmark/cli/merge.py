@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from shiftproof.benchmark.cli.console import print_table
+from shiftproof.benchmark.cli.console import heavy_imports, print_table
 from shiftproof.benchmark.cli.method import strategy_named
 from shiftproof.benchmark.cli.run import DEVICES, PluginFiles, chosen_device
 from shiftproof.benchmark.errors import InputError
@@ -56,10 +56,11 @@ def merge(
     check_output(out, located, force)
     files = [file for item in located for file in item.files]
     with nullcontext() if dry_run else Hashing(files, max(1, jobs - 1)) as hashing:
-        from shiftproof.benchmark.merging.checkpoints import check_alike, opened  # torch, from here on
-        from shiftproof.benchmark.merging.disk import check_refusals
+        with heavy_imports():
+            from shiftproof.benchmark.merging.checkpoints import check_alike, opened
+            from shiftproof.benchmark.merging.disk import check_refusals
 
-        built, made = _method(method, overrides, plugin, chosen_device(device), dtype)
+            built, made = _method(method, overrides, plugin, chosen_device(device), dtype)
         with opened(located) as checkpoints:
             check_alike(checkpoints[0], checkpoints[1:])
             merging = _merging(built, made, checkpoints, jobs)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from shiftproof.benchmark.cli.console import print_table
+from shiftproof.benchmark.cli.console import heavy_imports, print_table
 from shiftproof.benchmark.cli.method import strategy_named
 from shiftproof.benchmark.cli.run import PluginFiles
 from shiftproof.benchmark.errors import InputError
@@ -69,10 +69,11 @@ def transport(
 
     files = [file for item in located for file in item.files]
     with nullcontext() if dry_run else Hashing(files) as hashing:
-        from shiftproof.benchmark.merging.checkpoints import opened  # torch, from here on
-        from shiftproof.benchmark.transporting.disk import releases, states
+        with heavy_imports():
+            from shiftproof.benchmark.merging.checkpoints import opened
+            from shiftproof.benchmark.transporting.disk import releases, states
 
-        built, facts = _method(method, wanted, plugin)
+            built, facts = _method(method, wanted, plugin)
         with opened(located) as (target, source, tuned):
             found = releases(source, tuned, target, lambda shapes: _specification(shapes, heads, specification))
             pair = states(found)

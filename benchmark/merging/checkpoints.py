@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -18,6 +19,8 @@ from shiftproof.benchmark.merging.safetensors_files import Entry, pread_full, re
 from shiftproof.benchmark.merging.sources import BLOCK, count
 
 NAMED = 3  # tensors that an error names at most
+LENT = 1 << 24  # bytes of a tensor that is lent at most; a larger one gets memory of its own, which is soon given back
+_lent = threading.local()  # has `bytes` where a thread has borrowed
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,6 +81,17 @@ class Checkpoint:
         flat = torch.empty(1 + sum((side - 1) * stride for side, stride in steps), dtype=entry.dtype)
         self._fill(name, entry.offset, flat)
         return flat.as_strided(entry.shape, entry.strides).contiguous()
+
+    def borrow(self, name: str) -> Tensor:
+        """The tensor, which is overwritten when the same thread borrows the next, of whatever checkpoint."""
+        entry = self.entries.get(name)
+        if entry is None or entry.strides is not None or not 0 < self.nbytes(name) <= LENT:
+            return self.read(name)
+        if not hasattr(_lent, "bytes"):
+            _lent.bytes = torch.empty(LENT, dtype=torch.uint8)
+        flat: Tensor = _lent.bytes[: self.nbytes(name)].view(entry.dtype)
+        self._fill(name, entry.offset, flat)
+        return flat.view(entry.shape)
 
     def read_into(self, name: str, start: int, into: Tensor) -> None:
         """Fill `into`, (N,) of the tensor's dtype, with its elements from `start` on."""

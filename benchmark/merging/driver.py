@@ -48,7 +48,8 @@ class Merging:
     A method with `blockwise = True` promises that an element of its merge depends on nothing but that element of base and
     experts (and on the facts), and that `combine` may be given a partial for each run of a tensor: where the merge is written
     in parts, `scan` and `merge` are handed runs of elements, (N,). What it merges by singular vectors stays whole. One with
-    `streams = True` promises to need no more of `experts` than its length and an iteration: each is read when its turn comes.
+    `streams = True` promises to need no more of `experts` than its length and an iteration, and of each nothing after the next
+    has come: each is read when its turn comes, and may take the place of the one before.
 
     Attributes:
         base: Before fine-tuning.
@@ -113,6 +114,8 @@ class Merging:
             for position in range(self.method.rounds):
                 found = self._scan(own, facts, position == 0, blocks is not None, progress)
                 facts = self.method.combine(found, facts)
+                if (is_ready := getattr(self.method, "is_ready", None)) and is_ready(facts):
+                    break
             held = (lambda name: self.held(name, self.run_of_merge)) if blocks else self.held
             rows = {row.name: row for row in mapped(finish, names, held, self.jobs, IN_FLIGHT * self.jobs)}
         return [rows[name] for name in self.base.names()]
@@ -166,12 +169,13 @@ class Merging:
 
     def _whole(self, name: str, is_first: bool) -> tuple[Tensor, Sequence[Tensor]]:
         """Base and experts of a tensor, read, on the device, and checked where this is the first pass over it."""
-        base, *readers = (partial(self._read, name, is_first, source) for source in (self.base, *self.experts))
-        experts = InTurn(readers)
-        return base(), experts if getattr(self.method, "streams", False) else list(experts)
+        base = self._computable(name, is_first, self.base, self.base.read(name))
+        if getattr(self.method, "streams", False):
+            return base, InTurn([partial(self._borrowed, name, is_first, source) for source in self.experts])
+        return base, [self._computable(name, is_first, source, source.read(name)) for source in self.experts]
 
-    def _read(self, name: str, is_first: bool, source: TensorSource) -> Tensor:
-        return self._computable(name, is_first, source, source.read(name))
+    def _borrowed(self, name: str, is_first: bool, source: TensorSource) -> Tensor:
+        return self._computable(name, is_first, source, source.borrow(name))
 
     def _run(self, name: str, is_first: bool, stored: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
         """Base and experts of a run of elements that was read, as `_whole` gives them."""

@@ -38,6 +38,10 @@ class TensorSource(Protocol):
         """The tensor."""
         ...
 
+    def borrow(self, name: str) -> Tensor:
+        """The tensor, which is overwritten when the same thread borrows the next, of whatever source."""
+        ...
+
     def read_into(self, name: str, start: int, into: Tensor) -> None:
         """Fill `into`, (N,) of the tensor's dtype, with its elements from `start` on."""
         ...
@@ -66,13 +70,17 @@ class InMemory:
         """The tensor."""
         return self.tensors[name]
 
+    def borrow(self, name: str) -> Tensor:
+        """The tensor, which nothing overwrites."""
+        return self.read(name)
+
     def read_into(self, name: str, start: int, into: Tensor) -> None:
         """Fill `into`, (N,) of the tensor's dtype, with its elements from `start` on."""
         into.copy_(self.tensors[name].reshape(-1)[start : start + len(into)])
 
 
 class InTurn(Sequence[Tensor]):
-    """Tensors that are read when they are asked for, each time anew."""
+    """Tensors that are read when they are asked for, each time anew; one may be overwritten when the next is."""
 
     def __init__(self, readers: Sequence[Callable[[], Tensor]]) -> None:
         self._readers = readers

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, Literal
 
 import torch
 from annotated_types import Ge, Gt, Le, Lt
 from torch import Tensor
 
-from shiftproof.strategies.merging.order_statistics import Place, collect, count_bins, find_bins, settle
+from shiftproof.strategies.merging.order_statistics import Search
 from shiftproof.strategies.merging.strategy import MergeConfig, MergeStrategy
 from shiftproof.strategies.merging.task_vectors import add_merged, differences, magnitudes
 
@@ -32,14 +32,12 @@ class Competition:
     """Facts of the passes, by expert.
 
     Attributes:
-        places: Bins of the order statistics that the next pass settles.
-        bounds: Least and greatest clamped magnitude.
-        cuts: Least and greatest clamped score.
+        bounds: The search for the least and the greatest clamped magnitude.
+        cuts: The search for the least and the greatest clamped score, once the bounds are found.
     """
 
-    places: list[list[Place]] | None = None
-    bounds: list[list[float]] | None = None
-    cuts: list[list[float]] | None = None
+    bounds: Search = field(default_factory=Search)
+    cuts: Search = field(default_factory=Search)
 
 
 class Pcb(MergeStrategy[PcbConfig]):
@@ -52,30 +50,33 @@ class Pcb(MergeStrategy[PcbConfig]):
     minmax is 0, so that it takes no part.
     """
 
-    rounds = 4
+    rounds = 8
     blockwise = True
 
+    def is_ready(self, facts: Competition) -> bool:
+        """After four passes, or two or four more."""
+        return facts.cuts.values is not None
+
     def scan(self, name: str, base: Tensor, experts: Sequence[Tensor], facts: Competition | None) -> Any:
-        """Of the magnitudes and then of the scores: counts, then the values near the order statistics."""
+        """What the searches ask for, among the magnitudes and then among the scores."""
         facts = facts or Competition()
-        blocks = magnitudes(base, experts) if facts.bounds is None else self.scores(base, experts, facts.bounds)
-        return count_bins(blocks) if facts.places is None else collect(blocks, facts.places)
+        bounds = facts.bounds.values
+        if bounds is None:
+            return facts.bounds.scan(base, experts, magnitudes)
+        return facts.cuts.scan(base, experts, lambda base, experts: self.scores(base, experts, bounds))
 
     def combine(self, partials: Mapping[str, Any], facts: Competition | None) -> Competition:
-        """The bounds of the magnitudes, then those of the scores; each in two steps."""
+        """How the searches go on."""
         facts = facts or Competition()
-        parts = list(partials.values())
-        if facts.places is None:
-            ranks = self.clip_ranks if facts.bounds is None else self.cut_ranks
-            return Competition(find_bins(parts, ranks), facts.bounds)
-        found = settle(parts, facts.places)
-        return Competition(bounds=found) if facts.bounds is None else Competition(bounds=facts.bounds, cuts=found)
+        if facts.bounds.values is None:
+            return Competition(facts.bounds.combined(partials.values(), self.clip_ranks))
+        return replace(facts, cuts=facts.cuts.combined(partials.values(), self.cut_ranks))
 
     def merge(self, name: str, base: Tensor, experts: Sequence[Tensor], facts: Competition) -> Tensor:
         """(...) base + scale * weighted mean of the clamped task vectors."""
-        assert facts.bounds is not None
-        assert facts.cuts is not None
-        bounds, cuts = facts.bounds, facts.cuts
+        bounds, cuts = facts.bounds.values, facts.cuts.values
+        assert bounds is not None
+        assert cuts is not None
 
         def rule(block: Tensor) -> Tensor:
             weight = _minmax(self.score(block, bounds), cuts)  # (D, B)

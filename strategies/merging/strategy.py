@@ -39,10 +39,11 @@ class MergeStrategy(ABC, Generic[C]):
         context: Of the run; None where checkpoints are merged.
 
     Attributes:
-        rounds: Passes over all tensors before the merge.
+        rounds: Passes over all tensors before the merge, at most.
         blockwise: `scan` and `merge` may be given runs of a flattened tensor, one after another: nothing depends on shape,
             position or the rest of the tensor.
-        streams: `merge` goes over `experts` once and in order, so that files are read one expert at a time.
+        streams: `merge` goes over `experts` in order and is done with each before it takes the next, so that files are read
+            one expert at a time, into the same memory.
     """
 
     rounds: int = 0
@@ -84,6 +85,10 @@ class MergeStrategy(ABC, Generic[C]):
     def combine(self, partials: Mapping[str, Any], facts: Any) -> Any:
         """The facts out of one pass; never called where `rounds` is 0."""
         return None
+
+    def is_ready(self, facts: Any) -> bool:
+        """Whether these facts suffice, so that the passes that are left can be spared."""
+        return False
 
     def learn(self, experience: ExpertExperience) -> Mapping[str, float]:
         """Take in an expert."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from typing import Annotated, Any, Literal
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from shiftproof.benchmark import RunContext
-from shiftproof.strategies.merging.order_statistics import Place, collect, count_bins, find_bins, order_statistics, settle
+from shiftproof.strategies.merging.order_statistics import Search, order_statistics
 from shiftproof.strategies.merging.strategy import MergeConfig, MergeStrategy
 from shiftproof.strategies.merging.task_vectors import add_merged, differences, magnitudes
 
@@ -33,14 +34,17 @@ class Trimming:
     """Facts of the passes.
 
     Attributes:
-        places: Bin of each expert's threshold, after the first pass.
-        thresholds: Smallest magnitude that survives of each expert, after the second.
-        votes: Sum of the elected signs over all entries, after the third.
+        search: For the smallest magnitude that survives of each expert.
+        votes: Sum of the elected signs over all entries, once the magnitudes are found.
     """
 
-    places: Sequence[Sequence[Place]]
-    thresholds: Sequence[float] = ()
-    votes: int = 0
+    search: Search = field(default_factory=Search)
+    votes: int | None = None
+
+    @property
+    def thresholds(self) -> list[float] | None:
+        """The smallest magnitude that survives of each expert."""
+        return None if self.search.values is None else [value for (value,) in self.search.values]
 
 
 class Ties(MergeStrategy[TiesConfig]):
@@ -54,33 +58,36 @@ class Ties(MergeStrategy[TiesConfig]):
     def __init__(self, config: TiesConfig, context: RunContext | None = None) -> None:
         super().__init__(config, context)
         self.blockwise = config.granularity == "global"
-        self.rounds = 3 if self.blockwise else 0
+        self.rounds = 5 if self.blockwise else 0
+
+    def is_ready(self, facts: Trimming) -> bool:
+        """After three passes, or five."""
+        return facts.votes is not None
 
     def scan(self, name: str, base: Tensor, experts: Sequence[Tensor], facts: Trimming | None) -> Any:
-        """Counts of the magnitudes; then the magnitudes near the thresholds; then the sum of elected signs."""
-        if facts is None:
-            return count_bins(magnitudes(base, experts))
-        if not facts.thresholds:
-            return collect(magnitudes(base, experts), facts.places)
+        """What the search for the thresholds asks for; then the sum of elected signs."""
+        facts = facts or Trimming()
+        if facts.thresholds is None:
+            return facts.search.scan(base, experts, magnitudes)
         return self.votes(base, experts, facts.thresholds)
 
     def combine(self, partials: Mapping[str, Any], facts: Trimming | None) -> Trimming:
-        """The places of the thresholds; then the thresholds; then the majority."""
-        if facts is None:
-            return Trimming(find_bins(partials.values(), self.rank))
-        if not facts.thresholds:
-            return replace(facts, thresholds=[value for (value,) in settle(partials.values(), facts.places)])
+        """How the search goes on; then the majority."""
+        facts = facts or Trimming()
+        if facts.thresholds is None:
+            return Trimming(facts.search.combined(partials.values(), self.rank))
         return replace(facts, votes=sum(partials.values()))
 
     def merge(self, name: str, base: Tensor, experts: Sequence[Tensor], facts: Trimming | None) -> Tensor:
         """(...) base + scale * mean of the trimmed entries that agree with the elected sign."""
         if facts is None:
-            thresholds = [value for (value,) in order_statistics(lambda: magnitudes(base, experts), self.rank)]
-            facts = Trimming((), thresholds, self.votes(base, experts, thresholds))
-        found = facts
-        return add_merged(
-            base, experts, lambda block: self.agreed(trimmed(block, found.thresholds), found.votes), self.config.scale
-        )
+            thresholds = [value for (value,) in order_statistics(base, experts, magnitudes, self.rank)]
+            votes = self.votes(base, experts, thresholds)
+        else:
+            assert facts.thresholds is not None
+            assert facts.votes is not None
+            thresholds, votes = facts.thresholds, facts.votes
+        return add_merged(base, experts, lambda block: self.agreed(trimmed(block, thresholds), votes), self.config.scale)
 
     def rank(self, entries: int) -> tuple[int]:
         """0-based rank of the smallest magnitude that survives."""
@@ -111,6 +118,7 @@ def trimmed(block: Tensor, thresholds: Sequence[float]) -> Tensor:
     return block
 
 
+@lru_cache(maxsize=1 << 12)
 def _below(threshold: float, dtype: torch.dtype) -> float:
     """The largest number of the dtype below the threshold: hardshrink drops what equals its bound."""
     bound = torch.tensor(threshold, dtype=dtype)

@@ -12,7 +12,7 @@ import torch
 from threadpoolctl import threadpool_info  # type: ignore[import-untyped]
 from torch import Tensor
 
-from shiftproof.strategies.eigenpairs import leading_eigenpairs
+from shiftproof.strategies.eigenpairs import gram, leading_eigenpairs
 from shiftproof.strategies.linalg import (
     canonical_signs,
     leading_triplets,
@@ -130,13 +130,33 @@ def test_the_textbook_is_torch_s_svd() -> None:
     assert torch.equal(textbook_polar_factor(given), u @ vh)
 
 
+@pytest.mark.parametrize("is_row_major", [True, False])
+@pytest.mark.parametrize("shape", [(1, 1), (5, 3), (512, 7), (1100, 40)])
+def test_a_gram_matrix_is_summed_in_float64(shape: tuple[int, int], is_row_major: bool) -> None:
+    rows, columns = shape
+    generator = torch.Generator().manual_seed(0)
+    given = torch.randn(shape if is_row_major else (columns, rows), generator=generator)
+    given = given if is_row_major else given.T
+    double = given.double().numpy()
+    assert np.triu(gram(given)) == pytest.approx(np.triu(double.T @ double), rel=1e-13, abs=1e-12)
+
+
+def test_leading_eigenpairs_look_at_the_upper_triangle_only() -> None:
+    product = gram(torch.randn(30, 20, generator=torch.Generator().manual_seed(0)))
+    assert not np.tril(product, -1).any()
+    whole = product + np.triu(product, 1).T
+    values, vectors = leading_eigenpairs(product, 4)
+    assert values == pytest.approx(np.linalg.eigvalsh(whole)[::-1][:4], rel=1e-12)
+    assert distance(whole @ vectors, vectors * values) < 1e-12 * values[0]
+
+
 @pytest.mark.parametrize(("size", "count"), [(1, 1), (2, 1), (2, 2), (37, 5), (200, 200)])
 def test_leading_eigenpairs_are_those_of_numpy(size: int, count: int) -> None:
     factor = np.random.default_rng(size).standard_normal((size + 3, size))
-    gram = factor.T @ factor
-    values, vectors = leading_eigenpairs(gram.copy(), count)
-    assert values == pytest.approx(np.linalg.eigvalsh(gram)[::-1][:count], rel=1e-10)
-    assert distance(gram @ vectors, vectors * values) < 1e-10 * values[0]
+    product = factor.T @ factor
+    values, vectors = leading_eigenpairs(product.copy(), count)
+    assert values == pytest.approx(np.linalg.eigvalsh(product)[::-1][:count], rel=1e-10)
+    assert distance(product @ vectors, vectors * values) < 1e-10 * values[0]
     assert distance(vectors.T @ vectors, np.eye(count)) < 1e-12
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from shiftproof.benchmark.errors import InputError
-from shiftproof.benchmark.merging.checkpoints import check_alike, differs, opened
+from shiftproof.benchmark.merging.checkpoints import LENT, check_alike, differs, opened
 from shiftproof.benchmark.merging.inputs import locate
 from shiftproof.benchmark.merging.sources import BLOCK, Blocks
 
@@ -38,6 +39,23 @@ def test_whole_tensors_and_runs_are_what_was_saved(states: Any, saved: Saved, su
         blocks = Blocks([base])
         runs = [blocks.read("large", start, BLOCK + 11)[0].clone() for start in blocks.starts(BLOCK + 11)]
     assert torch.equal(torch.cat(runs), made[0]["large"])
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
+def test_a_tensor_that_is_lent_is_the_one_that_was_saved(states: Any, saved: Saved, suffix: str) -> None:
+    made = states(1, torch.bfloat16)
+    made[0] |= {"huge": torch.rand(LENT // 4 + 1), "none": torch.zeros(0, 3), "other": torch.rand(4, 2).T}
+    with opened([locate(saved(made[:1], suffix)[0])]) as (base,):
+        assert all(torch.equal(base.borrow(name), tensor) for name, tensor in made[0].items())
+
+
+def test_what_a_thread_borrows_takes_the_place_of_what_it_borrowed(tmp_path: Path) -> None:
+    save_file({"a": torch.tensor([1.0, 2.0]), "b": torch.tensor([3.0, 4.0])}, tmp_path / "base.safetensors")
+    with opened([locate(tmp_path / "base.safetensors")]) as (base,), ThreadPoolExecutor(1) as other:
+        first, elsewhere = base.borrow("a"), other.submit(base.borrow, "a").result()
+        base.borrow("b")
+    assert first.tolist() == [3.0, 4.0]
+    assert elsewhere.tolist() == [1.0, 2.0]
 
 
 def test_shards_are_read_as_one(tmp_path: Path) -> None:
