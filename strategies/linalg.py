@@ -104,20 +104,21 @@ def canonical_signs(triplets: Triplets) -> Triplets:
     return Triplets(u * signs, s, v * signs)
 
 
-def polar_factor(matrix: Tensor) -> Polar:
+def polar_factor(matrix: Tensor, overwrite: bool = False) -> Polar:
     """The polar factor U V^T over the singular values that count.
 
     Args:
         matrix: (m, n) float32 (Gram route) or float64, m >= n or not.
+        overwrite: The factor may take the place of the matrix.
     """
     if matrix.shape[0] < matrix.shape[1]:
-        found = polar_factor(matrix.T)
+        found = polar_factor(matrix.T, overwrite)
         return Polar(found.factor.T, found.s)
     if matrix.dtype == torch.float64:
         u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
         counts = s > TOLERANCE[matrix.dtype] * s[0]
         return Polar((u * counts) @ vh, s * counts)
-    return _tall_polar(matrix)
+    return _tall_polar(matrix, matrix if overwrite else torch.empty_like(matrix))
 
 
 def textbook_polar_factor(matrix: Tensor) -> Tensor:
@@ -141,21 +142,22 @@ def _tall_triplets(matrix: Tensor, count: int) -> Triplets:
     return Triplets(matrix @ (v * inverse.to(matrix.dtype)), s.to(matrix.dtype), v)
 
 
-def _tall_polar(matrix: Tensor) -> Polar:
-    """X G^(-1/2), where the delicate part of the root stays in float64."""
+def _tall_polar(matrix: Tensor, into: Tensor) -> Polar:
+    """X G^(-1/2), where the delicate part of the root stays in float64; a few rows at a time, so that it may overwrite X."""
     values, vectors = _eigenpairs(matrix)
     top = values[-1]
     counts = values > TOLERANCE[matrix.dtype] ** 2 * top
     inverse = torch.where(counts, values, 1.0).rsqrt() * counts
     split = int((values <= _DELICATE * top).sum())
     quarter = (vectors[:, split:] * inverse[split:].sqrt()).to(matrix.dtype)
-    factor = matrix @ (quarter @ quarter.T)
-    if split:
-        delicate = vectors[:, :split]
-        for rows, into in zip(matrix.split(_ROWS), factor.split(_ROWS), strict=True):
-            into += (((rows.double() @ delicate) * inverse[:split]) @ delicate.T).to(matrix.dtype)
+    root, delicate = quarter @ quarter.T, vectors[:, :split]
+    for rows, place in zip(matrix.split(_ROWS), into.split(_ROWS), strict=True):
+        factor = rows @ root
+        if split:
+            factor += (((rows.double() @ delicate) * inverse[:split]) @ delicate.T).to(matrix.dtype)
+        place.copy_(factor)
     s = (values * counts).clamp(min=0).sqrt().flip(0)
-    return Polar(factor, s.to(matrix.dtype))
+    return Polar(into, s.to(matrix.dtype))
 
 
 def _eigenpairs(matrix: Tensor) -> tuple[Tensor, Tensor]:

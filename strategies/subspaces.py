@@ -10,7 +10,7 @@ count (`shiftproof.strategies.linalg`) take no place.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -90,12 +90,12 @@ def shared_basis(
     """
     shape, experts = deltas[0].shape, len(deltas)
     if remainder == "drop" and signs == "canonical":
-        return joined_basis([leading_triplets(delta, share_of(shape, experts)) for delta in deltas])
+        return joined_basis(leading_triplets(delta, share_of(shape, experts)) for delta in deltas)
     count = min(shape) // experts if remainder == "pad" else share_of(shape, experts)
     factors = [textbook_triplets(delta, count) for delta in deltas]
     if signs == "canonical":
         factors = [canonical_signs(factor) for factor in factors]
-    return padded_basis(factors) if remainder == "pad" else joined_basis([significant(factor) for factor in factors])
+    return padded_basis(factors) if remainder == "pad" else joined_basis(map(significant, factors))
 
 
 def share_of(shape: Sequence[int], experts: int) -> int:
@@ -103,17 +103,21 @@ def share_of(shape: Sequence[int], experts: int) -> int:
     return max(1, min(shape) // experts)
 
 
-def joined_basis(factors: Sequence[Triplets]) -> SharedBasis:
+def joined_basis(factors: Iterable[Triplets]) -> SharedBasis:
     """Polar factors of [U_1 | ... | U_D] and [V_1 | ... | V_D], cut to min(m, n) columns, without padding.
 
     Args:
-        factors: Of D matrices of (m, n); at least one triplet in all.
+        factors: Of D matrices of (m, n); at least one triplet in all. Each is copied before the next is asked for.
     """
-    rank = min(sum(len(factor.s) for factor in factors), len(factors[0].u), len(factors[0].v))
-    left = polar_factor(_side_by_side([factor.u for factor in factors], rank)).factor
-    right = polar_factor(_side_by_side([factor.v for factor in factors], rank)).factor
-    left[:, rank:], right[:, rank:] = 0, 0
-    return SharedBasis(left, right, _side_by_side([factor.s[None] for factor in factors], rank)[0], rank)
+    left, right, s = _SideBySide(), _SideBySide(), _SideBySide()
+    for factor in factors:
+        rank = min(len(factor.u), len(factor.v))
+        left.append(factor.u, rank)
+        right.append(factor.v, rank)
+        s.append(factor.s[None], rank)
+    u_perp, v_perp = (polar_factor(side.matrix(), overwrite=True).factor for side in (left, right))
+    u_perp[:, s.filled :], v_perp[:, s.filled :] = 0, 0
+    return SharedBasis(u_perp, v_perp, s.matrix()[0], s.filled)
 
 
 def padded_basis(factors: Sequence[Triplets]) -> SharedBasis:
@@ -145,16 +149,29 @@ def leave_one_out(deltas: Sequence[Tensor]) -> Iterator[tuple[list[Tensor], Shar
     for held_out in range(len(deltas)):
         count = share_of(deltas[0].shape, others[held_out])
         fold = [at for at in range(len(deltas)) if at != held_out and len(factors[at].s)]
-        yield [deltas[at] for at in fold], joined_basis([factors[at].first(count) for at in fold])
+        yield [deltas[at] for at in fold], joined_basis(factors[at].first(count) for at in fold)
 
 
-def _side_by_side(parts: Sequence[Tensor], rank: int) -> Tensor:
-    """(rows, p) the first `rank` columns of all parts, and zeros up to a multiple of `_LANE` where that pays."""
-    width = -(-rank // _LANE) * _LANE if rank > _SMALL else rank
-    buffer = parts[0].new_zeros(parts[0].shape[0], width)
-    start = 0
-    for part in parts:
-        stop = min(start + part.shape[1], rank)
-        buffer[:, start:stop] = part[:, : stop - start]
-        start = stop
-    return buffer
+class _SideBySide:
+    """Columns in one matrix, followed by zeros up to a multiple of `_LANE` where that pays."""
+
+    def __init__(self) -> None:
+        self.buffer: Tensor | None = None
+        self.filled = 0
+
+    def append(self, part: Tensor, rank: int) -> None:
+        """Copy the columns of (rows, k), of which there is room for `rank` in all."""
+        if self.buffer is None:
+            self.buffer = part.new_zeros(part.shape[0], _padded(rank))
+        stop = min(self.filled + part.shape[1], rank)
+        self.buffer[:, self.filled : stop] = part[:, : stop - self.filled]
+        self.filled = stop
+
+    def matrix(self) -> Tensor:
+        """(rows, p)."""
+        assert self.buffer is not None
+        return self.buffer[:, : _padded(self.filled)].contiguous()
+
+
+def _padded(rank: int) -> int:
+    return -(-rank // _LANE) * _LANE if rank > _SMALL else rank

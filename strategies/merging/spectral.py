@@ -66,4 +66,5 @@ class SpectralMerge(MergeStrategy[C]):
         if self.path(name, base.shape) == "average":
             return base + self.config.scale * mean(deltas)
         merged = self.merge_matrices([delta.reshape(len(delta), -1) for delta in deltas])
-        return base + self.config.scale * merged.reshape(base.shape)
+        del deltas  # the largest tensors of a checkpoint decide what a merge takes
+        return (self.config.scale * merged.reshape(base.shape)).add_(base)

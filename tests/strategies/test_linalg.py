@@ -120,6 +120,17 @@ def test_twice_the_same_columns_share_their_direction() -> None:
     assert distance(found, torch.cat([columns, columns], dim=1) / 2**0.5) < 1e-6
 
 
+@pytest.mark.parametrize("shape", [(600, 40), (40, 600)])
+def test_a_polar_factor_may_take_the_place_of_its_matrix(shape: tuple[int, int]) -> None:
+    given = matrix(*shape)
+    untouched = given.clone()
+    expected = polar_factor(given).factor
+    assert torch.equal(given, untouched)
+    found = polar_factor(given, overwrite=True).factor
+    assert torch.equal(found, expected)
+    assert found.data_ptr() == given.data_ptr()
+
+
 def test_the_textbook_is_torch_s_svd() -> None:
     given = matrix(12, 9)
     u, s, vh = torch.linalg.svd(given, full_matrices=False)
