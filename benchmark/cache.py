@@ -15,43 +15,85 @@ from torch import Tensor
 
 from shiftproof.benchmark.errors import OutputError
 from shiftproof.benchmark.folders import cache_folder
-from shiftproof.benchmark.records import sha256, write_atomically
+from shiftproof.benchmark.inventory import FACTS
+from shiftproof.benchmark.records import canonical, sha256, write_atomically
+
+
+class NotCachedError(LookupError):
+    """A cache that makes nothing was asked for what it does not hold."""
 
 
 class Cache:
     """Named tensors, made once for each key.
 
     Attributes:
+        makes: What is not stored yet is made; else asking for it is an error.
         made: How often each kind had to be computed by this process.
     """
 
-    def __init__(self, folder: Path | None = None) -> None:
+    def __init__(self, folder: Path | None = None, makes: bool = True) -> None:
         self.folder = folder or cache_folder()
+        self.makes = makes
         self.made: Counter[str] = Counter()
 
-    def tensors(self, kind: str, key: Mapping[str, Any], make: Callable[[], Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    def path(self, kind: str, key: Mapping[str, Any]) -> Path:
+        """Where the tensors for `key` lie."""
+        return self.folder / kind / f"{sha256([kind, key])}.safetensors"
+
+    def tensors(
+        self,
+        kind: str,
+        key: Mapping[str, Any],
+        make: Callable[[], Mapping[str, Tensor]],
+        facts: Mapping[str, Any] | None = None,
+    ) -> dict[str, Tensor]:
         """The tensors for `key`: read back, or made by one process while the others wait.
 
         Args:
             kind: Readable folder name, such as "base" or "features".
             key: JSON values that determine the content.
             make: Called without arguments where nothing is stored yet.
+            facts: JSON values that tell a person what was made; they determine nothing.
+
+        Raises:
+            NotCachedError: If nothing is stored yet and this cache makes nothing.
+            OutputError: If the cache folder cannot be written.
+        """
+        path = self.path(kind, key)
+        stored = self.stored(kind, key)
+        if stored is not None:
+            return stored
+        if not self.makes:
+            raise NotCachedError(f"{kind}/{path.name}")
+        with locked(path.with_suffix(".lock")):
+            stored = self.stored(kind, key)
+            if stored is None:
+                self.made[kind] += 1
+                stored = self.store(kind, key, make(), facts)
+        return dict(stored)
+
+    def stored(self, kind: str, key: Mapping[str, Any]) -> dict[str, Tensor] | None:
+        """The tensors for `key`, None where there are none.
+
+        A file that is damaged or unreadable counts as absent, since its content can be made again.
+        """
+        try:
+            return safetensors.torch.load(self.path(kind, key).read_bytes())
+        except (OSError, SafetensorError):
+            return None
+
+    def store(
+        self, kind: str, key: Mapping[str, Any], tensors: Mapping[str, Tensor], facts: Mapping[str, Any] | None = None
+    ) -> dict[str, Tensor]:
+        """Write the tensors for `key`, whatever lies there; returns them as they will be read back.
 
         Raises:
             OutputError: If the cache folder cannot be written.
         """
-        path = self.folder / kind / f"{sha256([kind, key])}.safetensors"
-        stored = _read(path)
-        if stored is not None:
-            return stored
-        with locked(path.with_suffix(".lock")):
-            stored = _read(path)
-            if stored is None:
-                self.made[kind] += 1
-                content = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in make().items()}
-                write_atomically(path, safetensors.torch.save(content))
-                stored = content
-        return dict(stored)
+        content = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+        metadata = {"format": "pt", **({FACTS: canonical(dict(facts))} if facts is not None else {})}
+        write_atomically(self.path(kind, key), safetensors.torch.save(content, metadata))
+        return content
 
 
 @contextmanager
@@ -76,11 +118,3 @@ def locked(path: Path, *, wait: bool = True) -> Iterator[None]:
         yield
     finally:
         lock.release()
-
-
-def _read(path: Path) -> dict[str, Tensor] | None:
-    """Stored tensors; a file that is damaged or unreadable counts as absent, since its content can be made again."""
-    try:
-        return safetensors.torch.load(path.read_bytes())
-    except (OSError, SafetensorError):
-        return None

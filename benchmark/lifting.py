@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields, replace
 from typing import Any
 
@@ -20,6 +20,7 @@ from shiftproof.benchmark.experiences import (
     StateDict,
     TransportExperience,
 )
+from shiftproof.benchmark.inventory import EXPERT
 from shiftproof.benchmark.models import HEADS, Model
 from shiftproof.benchmark.records import PROTOCOL_VERSION
 from shiftproof.benchmark.streams import Fold, Stream
@@ -48,10 +49,14 @@ def obstacle(spec: StrategySpec[Any], stream: Stream) -> str:
 
 
 def is_lifted(spec: StrategySpec[Any], stream: Stream) -> bool:
-    """True where the strategy consumes experts, or the stream's kind of them, and the stream has data to fine-tune them on."""
+    """True where the strategy consumes experts, or the stream's kind of them, and the stream has data to fine-tune them on.
+
+    A union of tasks gives no expert of one.
+    """
     kinds = [type(experience) for fold in stream.folds for experience in fold.train]
     wanted = ExpertExperience if stream.release is None else TransportExperience
-    return spec.consumes is wanted and all(issubclass(kind, DataExperience) for kind in kinds)
+    lifted = all(issubclass(kind, DataExperience) and not issubclass(kind, JointExperience) for kind in kinds)
+    return spec.consumes is wanted and lifted
 
 
 def lift(spec: StrategySpec[Any], fold: Fold) -> tuple[Experience, ...]:
@@ -66,20 +71,14 @@ def lift(spec: StrategySpec[Any], fold: Fold) -> tuple[Experience, ...]:
     return tuple(_visible(spec, experience) for experience in fold.train)
 
 
-def expert_for(
-    experience: DataExperience, fold: Fold, stream: Stream, trainer: StrategySpec[Any], code_sha256: str, context: RunContext
-) -> ExpertExperience:
-    """The base fine-tuned on one experience with the stream's recipe, out of the cache where it was fine-tuned before.
+def expert_key(
+    base: Model, experience: DataExperience, stream: Stream, code_sha256: str, context: RunContext
+) -> dict[str, Any]:
+    """What determines an expert: its key in the cache.
 
-    The expert depends on base, data, recipe, seed and name of the experience, not on its position or its fold.
-
-    Args:
-        trainer: The strategy that fine-tunes.
-        code_sha256: Hash of its code.
+    It depends on base, data, recipe, seed and name of the experience, not on its position or its fold.
     """
-    base = context.new_model()
-    alone = DataExperience(0, experience.name, experience.task, experience.train)
-    key = {
+    return {
         "base": state_sha256(base.state_dict()),
         "data": experience.train.sha256(),
         "name": experience.name,
@@ -92,6 +91,35 @@ def expert_for(
         "torch": torch.__version__,
         "protocol": PROTOCOL_VERSION,
     }
+
+
+def expert_facts(
+    experience: DataExperience, stream: Stream, key: Mapping[str, Any], origin: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What an expert in the cache says about itself: whose it was first, and the key in clear."""
+    told = {"stream": stream.name, "version": stream.version, "set": [], **origin}
+    return {**told, "experience": experience.name, "seed": key["seed"], "key": dict(key)}
+
+
+def expert_for(
+    experience: DataExperience,
+    fold: Fold,
+    stream: Stream,
+    trainer: StrategySpec[Any],
+    code_sha256: str,
+    context: RunContext,
+    origin: Mapping[str, Any] | None = None,
+) -> ExpertExperience:
+    """The base fine-tuned on one experience with the stream's recipe, out of the cache where it was fine-tuned before.
+
+    Args:
+        trainer: The strategy that fine-tunes.
+        code_sha256: Hash of its code.
+        origin: What the entry in the cache says of the run, beside the facts that are known here.
+    """
+    base = context.new_model()
+    alone = DataExperience(0, experience.name, experience.task, experience.train)
+    key = expert_key(base, experience, stream, code_sha256, context)
     child = context.child(f"expert/{experience.name}")
 
     def make() -> StateDict:
@@ -100,9 +128,9 @@ def expert_for(
             strategy.learn(alone)
         return strategy.model().state_dict()
 
-    made = context.cache.made["expert"]
-    weights = context.cache.tensors("expert", key, make)
-    if context.cache.made["expert"] > made:
+    made = context.cache.made[EXPERT]
+    weights = context.cache.tensors(EXPERT, key, make, expert_facts(experience, stream, key, origin or {}))
+    if context.cache.made[EXPERT] > made:
         context.cost.experts_trained += 1
         context.cost.optimizer_steps += child.cost.optimizer_steps
         context.cost.samples_seen += child.cost.samples_seen

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 import torch
@@ -20,6 +21,7 @@ from shiftproof.benchmark.models import HEADS, Model
 from shiftproof.benchmark.recipes import BaseRecipe
 from shiftproof.benchmark.records import PROTOCOL_VERSION
 
+BASE = "base"  # kind of bases and releases in the cache
 EMBEDDING_NORM = 2.0  # of a class embedding; features leave the backbone's last normalization with a norm near sqrt(D)
 
 
@@ -50,7 +52,6 @@ def base_weights(
         backbone = build()
     if recipe.kind == "random":
         return backbone.state_dict()
-    key = {"sha256": sha256, "device": device.type, "torch": torch.__version__, "protocol": PROTOCOL_VERSION}
 
     def make() -> StateDict:
         # A backbone with dropout draws from the global generators.
@@ -64,7 +65,16 @@ def base_weights(
                 )
             return supervised(recipe, backbone, labelled, device)
 
-    return cache.tensors("base", key, make)
+    return cache.tensors(BASE, base_key(sha256, device), make)
+
+
+def base_key(sha256: str, device: torch.device) -> dict[str, Any]:
+    """What determines a base that is learned: its key in the cache.
+
+    Args:
+        sha256: Identity of the base.
+    """
+    return {"sha256": sha256, "device": device.type, "torch": torch.__version__, "protocol": PROTOCOL_VERSION}
 
 
 def barlow_twins(recipe: BaseRecipe, backbone: nn.Module, inputs: Sequence[Tensor], device: torch.device) -> StateDict:

@@ -50,3 +50,8 @@ class BaseRecipe:
     def has_head(self) -> bool:
         """It learns from labels and brings the head of task 0, which answers before anything else was learned."""
         return self.kind in ("supervised", "class-embeddings")
+
+    @property
+    def is_learned(self) -> bool:
+        """It is trained here, and kept in the cache."""
+        return self.kind not in ("random", "file")

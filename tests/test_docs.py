@@ -63,11 +63,14 @@ def shell(arguments: list[str], folder: Path) -> subprocess.CompletedProcess[str
 
 def shortened(words: list[str]) -> list[str]:
     """Suites of many cells are planned, not run; other runs take one epoch, one seed and a base that needs no training."""
-    if words[1] != "run" or "--dry-run" in words:
+    short = ["--set", "recipe.epochs=1", "--set", "base.kind=random"]
+    if words[1:3] == ["experts", "export"]:
+        return [*words, *short]
+    if (words[1] != "run" and words[1:3] != ["experts", "train"]) or "--dry-run" in words:
         return words
-    if "--stream" not in words:
+    if words[1] == "run" and "--stream" not in words:
         return [*words, "--dry-run"]
-    return [*words, "--seeds", "0", "--set", "recipe.epochs=1", "--set", "base.kind=random"]
+    return [*words, "--seeds", "0", *short]
 
 
 def install_written_package(folder: Path) -> None:
@@ -98,11 +101,24 @@ def saved_alignment(words: list[str], folder: Path) -> Iterator[None]:
     file.unlink()
 
 
+def make_experts(words: list[str], folder: Path) -> None:
+    """What the commands before this one have made: experts in the cache, and for most a folder with them."""
+    starts = ("shiftproof experts train", "shiftproof experts export")
+    (train, export) = (shlex.split(command) for _, command in commands() if command.startswith(starts))
+    out = export[export.index("--out") + 1]
+    shutil.rmtree(folder / out, ignore_errors=True)
+    for earlier in [train] if words[1:3] == export[1:3] else [train, export]:
+        done = shell([SHIFTPROOF, *shortened(earlier)[1:]], folder)
+        assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.parametrize(("readme", "command"), commands())
 def test_a_command_in_a_readme_does_what_it_should(readme: str, command: str, place: Path) -> None:
     words = shlex.split(command, comments=True)
     if words[-1] == "my-method" and words[1] != "new-strategy":
         install_written_package(place)
+    if words[1:3] == ["experts", "export"] or any(Path(word).parts[:1] == ("experts",) for word in words[2:]):
+        make_experts(words, place)
     if words[0] == "make":
         done = shell(["make", "--dry-run", "--directory", str(ROOT), *words[1:]], place)
     elif words[0] == "python":

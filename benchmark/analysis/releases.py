@@ -5,25 +5,23 @@ Thesis section 8.3.2 with Fig. 8.4, and Fig. 8.3.
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
-from pathlib import Path
 
 from shiftproof.benchmark import lifting
 from shiftproof.benchmark.analysis.barrier import barrier_height, check_points
 from shiftproof.benchmark.analysis.deltas import Progress, silent
-from shiftproof.benchmark.analysis.experts import Onlooker, OnlookerConfig, onlooking
 from shiftproof.benchmark.analysis.measuring import Measured, measure
-from shiftproof.benchmark.contracts import StrategySpec
 from shiftproof.benchmark.errors import InputError
 from shiftproof.benchmark.evaluation import evaluate
 from shiftproof.benchmark.experiences import EvalSet, StateDict, TransportExperience
 from shiftproof.benchmark.models import Model
 from shiftproof.benchmark.records import RunRequest
 from shiftproof.benchmark.registry.lookup import Registry
+from shiftproof.benchmark.running.bases import check_base_file
 from shiftproof.benchmark.running.cells import build_stream
+from shiftproof.benchmark.running.experts import Source, expert_of, onlooker, onlooking
 from shiftproof.benchmark.streams import Stream
 from shiftproof.benchmark.transporting.alignment import Alignment, added, task_vector
 from shiftproof.benchmark.transporting.architectures import derive_model
@@ -31,7 +29,6 @@ from shiftproof.benchmark.transporting.method import RebasinMethod
 from shiftproof.benchmark.transporting.residuals import interpolated, residual_maps
 
 WITHOUT_MAPS = ", no residual maps"
-ONLOOKER = StrategySpec("onlooker", Onlooker, OnlookerConfig, TransportExperience, reference="none")
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,14 +83,14 @@ def transports_of_stream(
         InputError: If the stream has no new release, or there is no such fold.
     """
     stream = build_stream(registry, request, data_root)
-    if reason := lifting.obstacle(ONLOOKER, stream):
+    check_base_file(registry, stream)
+    if reason := lifting.obstacle(onlooker(TransportExperience), stream):
         raise InputError(f"expected a stream with a new release of its base, got {stream.name}, which {reason}")
     found = {}
-    with tempfile.TemporaryDirectory() as folder:
-        run = onlooking(registry, request, ONLOOKER, stream, device, Path(folder))
+    with onlooking(registry, request, stream, device) as run:
         for fold in stream.folds:
-            (one,) = lifting.lift(ONLOOKER, fold)
-            experience = run.consumed(one, fold)
+            (one,) = fold.train
+            experience = expert_of(run, Source(fold.name, one, fold))
             assert isinstance(experience, TransportExperience)
             found[fold.name] = (experience, fold.evals)
             progress(fold.name)

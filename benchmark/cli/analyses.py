@@ -13,10 +13,9 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from shiftproof.benchmark.cli.console import catalogue, print_table
-from shiftproof.benchmark.cli.run import DEVICES, chosen_device, registry_for
+from shiftproof.benchmark.cli.run import check_device, chosen_device, registry_for
 from shiftproof.benchmark.contracts import EXPERT_TRAINER
 from shiftproof.benchmark.errors import InputError
-from shiftproof.benchmark.names import did_you_mean
 
 if TYPE_CHECKING:
     from shiftproof.benchmark.analysis.deltas import Deltas
@@ -73,18 +72,18 @@ def deltas_from(base: Path | None, experts: Sequence[Path], origin: FromStream) 
 
 def experts_from(origin: FromStream) -> StreamExperts:
     """The experts of a stream, trained unless they are in the cache."""
-    _check_device(origin.device)
+    check_device(origin.device)
     names = {"strategy": [EXPERT_TRAINER], "stream": [origin.stream]}
     registry = registry_for(catalogue(), names, origin.plugin)
 
     from shiftproof.benchmark.analysis.experts import experts_of_stream, request_for
-    from shiftproof.benchmark.running.jobs import limit_threads
+    from shiftproof.benchmark.running.jobs import like_a_worker
 
     request = request_for(registry, origin.stream, origin.seed, origin.fold, origin.overrides)
     root = str(origin.data_root) if origin.data_root else None
-    limit_threads()  # what is made here is what cells, which have one thread, take out of the cache
+    device = like_a_worker(chosen_device(origin.device))  # what is made here is what cells take out of the cache
     with show_progress("experts", None, origin.quiet) as progress:
-        return experts_of_stream(registry, request, chosen_device(origin.device), root, progress)
+        return experts_of_stream(registry, request, device, root, progress)
 
 
 def plane_from(origin: FromStream, pair: str, evals: str) -> tuple[Plane, tuple[EvalSet, ...]]:
@@ -116,21 +115,21 @@ def transports_from(origin: FromStream, methods: str) -> tuple[Transports, dict[
     Args:
         methods: "T@PRESET,T2"; "" = the usual ones.
     """
-    _check_device(origin.device)
+    check_device(origin.device)
     labels = _listed(methods) or list(USUAL)
     names = [EXPERT_TRAINER, *(label.partition("@")[0] for label in labels)]
     registry = registry_for(catalogue(), {"strategy": names, "stream": [origin.stream]}, origin.plugin)
 
     from shiftproof.benchmark.analysis.experts import request_for
     from shiftproof.benchmark.analysis.releases import method_named, transports_of_stream
-    from shiftproof.benchmark.running.jobs import limit_threads
+    from shiftproof.benchmark.running.jobs import like_a_worker
 
     named = {label: method_named(registry, label) for label in labels}
     request = request_for(registry, origin.stream, origin.seed, "", origin.overrides)
     root = str(origin.data_root) if origin.data_root else None
-    limit_threads()  # what is made here is what cells, which have one thread, take out of the cache
+    device = like_a_worker(chosen_device(origin.device))  # what is made here is what cells take out of the cache
     with show_progress("fine-tunings", None, origin.quiet) as progress:
-        return transports_of_stream(registry, request, chosen_device(origin.device), root, progress), named
+        return transports_of_stream(registry, request, device, root, progress), named
 
 
 @contextmanager
@@ -174,12 +173,6 @@ def report(
     numbers = out / f"{content['analysis']}.json"
     write_atomically(numbers, text)
     typer.echo("".join(f"wrote: {file}\n" for file in (numbers, *draw(out))), nl=False, err=as_json)
-
-
-def _check_device(device: str) -> None:
-    if device not in DEVICES:
-        hint = did_you_mean(device, DEVICES)
-        raise InputError(f"expected --device as one of {', '.join(DEVICES)}, got {device!r}{hint}")
 
 
 def _listed(text: str) -> list[str]:

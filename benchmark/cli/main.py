@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from shiftproof.benchmark.cli import analyze, board, facts, merge, run, tools, transport
+from shiftproof.benchmark.cli import analyze, board, experts, facts, merge, run, tools, transport
 from shiftproof.benchmark.errors import InputError
 
 # Typer exports of its usage errors only this one; the parent covers unknown options and commands too.
@@ -105,6 +105,7 @@ app.command("doctor")(tools.doctor)
 app.add_typer(tools.data_app, name="data")
 app.add_typer(board.app, name="leaderboard")
 app.add_typer(analyze.app, name="analyze")
+app.add_typer(experts.app, name="experts")
 
 
 def main() -> None:

@@ -59,8 +59,7 @@ def run(
     """Run a suite, or streams with strategies; what is finished is kept, so the same command goes on after a stop."""
     if jobs < 1:
         raise InputError(f"expected --jobs of 1 or more, got {jobs}")
-    if device not in DEVICES:
-        raise InputError(f"expected --device as one of {', '.join(DEVICES)}, got {device!r}{did_you_mean(device, DEVICES)}")
+    check_device(device)
     known = catalogue()
     spec = _chosen_suite(known, suite, stream, strategy, plugin)
     if seeds:
@@ -164,6 +163,12 @@ def registry_for(known: Catalogue, names: Mapping[str, Sequence[str]], files: Se
         if reason := registry.executors[name].unavailable:
             raise InputError(f"expected an executor that can run here, got {name!r}: {reason}")
     return registry
+
+
+def check_device(device: str) -> None:
+    """Raises InputError for a device that nobody knows."""
+    if device not in DEVICES:
+        raise InputError(f"expected --device as one of {', '.join(DEVICES)}, got {device!r}{did_you_mean(device, DEVICES)}")
 
 
 def chosen_device(device: str) -> str:

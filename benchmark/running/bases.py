@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from shiftproof.benchmark.errors import InputError
 from shiftproof.benchmark.experiences import ArrayData, StateDict
 from shiftproof.benchmark.lifting import tensor_bytes
 from shiftproof.benchmark.models import Model
-from shiftproof.benchmark.pretraining import base_weights
+from shiftproof.benchmark.pretraining import base_weights, read_base
 from shiftproof.benchmark.recipes import BaseRecipe
 from shiftproof.benchmark.records import sha256
 from shiftproof.benchmark.registry.lookup import Registry
@@ -40,12 +41,21 @@ class Bases:
 
     def base(self) -> tuple[Model, StateDict]:
         """A new model with the stream's heads, and the weights that it should take over."""
-        stream = self.stream
-        weights = self._weights(stream.base, stream.unlabelled(), stream.base_sha256, stream.base_data)
+        weights = self.base_weights()
         self.base_sha256 = _sha256_of_each(weights)
+        return self.untrained(), weights
+
+    def untrained(self) -> Model:
+        """The architecture with the stream's heads, its weights drawn from torch's global generator."""
+        stream = self.stream
         model = Model(self.registry.backbone(stream.base.backbone).build(stream.input_shape), stream.heads)
         model.heads.requires_grad_(not stream.frozen_heads)
-        return model, weights
+        return model
+
+    def base_weights(self) -> StateDict:
+        """The base's weights alone: the backbone's, and those of the head that it brings."""
+        stream = self.stream
+        return self._weights(stream.base, stream.unlabelled(), stream.base_sha256, stream.base_data)
 
     def release(self, model: Model) -> Model:
         """The model with the backbone of the new release and the head that it brings.
@@ -56,13 +66,17 @@ class Bases:
         Raises:
             InputError: If the stream has no new release.
         """
-        stream = self.stream
-        if stream.release is None:
-            raise InputError(f"expected a stream with a new release of its base, got {stream.name}; choose one that has it")
-        weights = self._weights(stream.release, stream.unlabelled_release(), stream.release_sha256, stream.release_data)
+        weights = self.release_weights()
         self.release_sha256 = _sha256_of_each(weights)
         model.load_base(weights)
         return model
+
+    def release_weights(self) -> StateDict:
+        """The release's weights alone. Raises InputError if the stream has no new release."""
+        stream = self.stream
+        if stream.release is None:
+            raise InputError(f"expected a stream with a new release of its base, got {stream.name}; choose one that has it")
+        return self._weights(stream.release, stream.unlabelled_release(), stream.release_sha256, stream.release_data)
 
     def _weights(self, recipe: BaseRecipe, inputs: Sequence[Tensor], identity: str, labelled: ArrayData | None) -> StateDict:
         before = time.monotonic()
@@ -70,6 +84,23 @@ class Bases:
         weights = base_weights(recipe, lambda: build(shape), inputs, self.cache, identity, self.device, labelled)
         self.seconds += time.monotonic() - before
         return weights
+
+
+def check_base_file(registry: Registry, stream: Stream) -> None:
+    """A file that is not there or does not fit is wrong input, once, and not the failure of every cell.
+
+    Raises:
+        InputError: If the stream's base comes from such a file.
+    """
+    if stream.base.kind != "file":
+        return
+    if not Path(stream.base.file).is_file():
+        raise InputError(
+            f"{stream.name}: expected the base's weights in a safetensors file, got {stream.base.file!r}, which is not there; "
+            "name it with --set base.file=PATH"
+        )
+    build = registry.backbone(stream.base.backbone).build
+    read_base(Path(stream.base.file), build(stream.input_shape))
 
 
 def _sha256_of_each(weights: StateDict) -> str:

@@ -63,6 +63,14 @@ def experts_of(registry: Registry, spec: StrategySpec[Any], stream: Stream) -> d
     return {"strategy": trainer.name, "code_sha256": _code_sha256(trainer)}
 
 
+def origin_of(request: RunRequest, stream: Stream) -> dict[str, Any]:
+    """What a file says of the stream that it was made for: name, version, and what was set, without a path."""
+    scopes = {"stream": request.knobs, "recipe": request.recipe, "base": request.base}
+    pairs = [(f"{scope}.{key}", value) for scope, found in scopes.items() for key, value in found]
+    told = [f"{key}={Path(value).name if key == 'base.file' else value}" for key, value in pairs]
+    return {"stream": request.stream, "version": stream.version, "set": told}
+
+
 def identify(
     request: RunRequest,
     spec: StrategySpec[Any],

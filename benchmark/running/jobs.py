@@ -97,7 +97,7 @@ def _run(job: Job, out: Path) -> RunRecord:
     stored = RecordStore(out).read(job.run_id)
     if stored is not None and not job.rerun and (stored.status == "finished" or stored.attempts > job.attempts):
         return stored
-    device = _device(job.device)
+    device = chosen_gpu(job.device)
     stamps = tuple((stat.st_mtime_ns, stat.st_size) for stat in map(os.stat, filter(os.path.exists, job.files)))
     registry = _registry(job.entry_points, job.files, stamps)
     cell = make_cell(registry, job.request, _stream(registry, _stream_part(job.request), job.data_root), device)
@@ -112,7 +112,14 @@ def _run(job: Job, out: Path) -> RunRecord:
     return record
 
 
-def _device(device: str) -> str:
+def like_a_worker(device: str) -> str:
+    """Set this process up as cells are run, so that what it makes is what they would make; returns its device."""
+    limit_threads()
+    return chosen_gpu(device)
+
+
+def chosen_gpu(device: str) -> str:
+    """This worker's GPU, set up to repeat itself; "cpu" stays."""
     if device != "cuda":
         return device
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS does not promise to repeat itself

@@ -11,10 +11,10 @@ from shiftproof.benchmark import config, lifting
 from shiftproof.benchmark.context import CHECKPOINT_SECONDS
 from shiftproof.benchmark.contracts import StrategySpec, SuiteSpec
 from shiftproof.benchmark.errors import InputError
-from shiftproof.benchmark.pretraining import read_base
 from shiftproof.benchmark.recipes import BaseRecipe, Recipe
 from shiftproof.benchmark.records import RecordStore, RunRecord, RunRequest
 from shiftproof.benchmark.registry.lookup import Registry
+from shiftproof.benchmark.running.bases import check_base_file
 from shiftproof.benchmark.running.cells import Cell, build_stream, make_cell
 from shiftproof.benchmark.running.executors import JobResult
 from shiftproof.benchmark.running.jobs import Job
@@ -109,7 +109,7 @@ def plan(
     for name in suite.streams:
         common = _common(name, suite, given)
         stream = build_stream(registry, common, data_root)
-        _check_base(registry, stream)
+        check_base_file(registry, stream)
         if any(given[scope] != standard[scope] for scope in STREAM_SCOPES):
             usual = build_stream(registry, _common(name, suite, standard), data_root)
             common = replace(common, custom=_facts(stream) != _facts(usual))
@@ -239,16 +239,3 @@ def _scoped(registry: Registry, suite: SuiteSpec, overrides: Sequence[str]) -> O
 
 def _names(kind: type) -> list[str]:
     return [one.name for one in fields(kind)]
-
-
-def _check_base(registry: Registry, stream: Stream) -> None:
-    """A file that is not there or does not fit is wrong input, once, and not the failure of every cell."""
-    if stream.base.kind != "file":
-        return
-    if not Path(stream.base.file).is_file():
-        raise InputError(
-            f"{stream.name}: expected the base's weights in a safetensors file, got {stream.base.file!r}, which is not there; "
-            "name it with --set base.file=PATH"
-        )
-    build = registry.backbone(stream.base.backbone).build
-    read_base(Path(stream.base.file), build(stream.input_shape))

@@ -32,6 +32,7 @@ from shiftproof.benchmark.running.cells import (
     experts_of as experts_of,
     identify as identify,
     make_cell as make_cell,
+    origin_of,
 )
 from shiftproof.benchmark.running.composing import compose, describe_failure
 from shiftproof.benchmark.streams import Fold
@@ -110,7 +111,8 @@ class CellRun:
             before, making = time.monotonic(), self.bases.seconds
             trainer, _, _ = self.registry.strategy(lifting.EXPERT_TRAINER)
             code_sha256 = cell.identity["experts"]["code_sha256"]
-            experience = lifting.expert_for(experience, fold, cell.stream, trainer, code_sha256, self.context)
+            origin = origin_of(cell.request, cell.stream)
+            experience = lifting.expert_for(experience, fold, cell.stream, trainer, code_sha256, self.context, origin)
             if cell.stream.release is not None:
                 experience = lifting.carried_to(self.release(), experience)
             # Other cells share it. Base and release, which may have been made on the way, are taken out elsewhere.

@@ -9,10 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
-from shiftproof.benchmark.cache import Cache, locked
+from shiftproof.benchmark.cache import Cache, NotCachedError, locked
 from shiftproof.benchmark.errors import OutputError
+from shiftproof.benchmark.inventory import FACTS
 
 
 def make() -> Mapping[str, Tensor]:
@@ -87,6 +89,24 @@ while len(list(folder.glob("ready-*"))) < 2:
     time.sleep(0.001)
 print(Cache(folder).tensors("kind", {}, make)["a"].tolist())
 """
+
+
+def test_a_cache_that_makes_nothing_tells_what_is_not_there(tmp_path: Path) -> None:
+    looking = Cache(tmp_path, makes=False)
+    with pytest.raises(NotCachedError, match=r"kind/[0-9a-f]{64}\.safetensors"):
+        looking.tensors("kind", {}, never)
+    assert looking.stored("kind", {}) is None
+    Cache(tmp_path).tensors("kind", {}, make)
+    assert looking.tensors("kind", {}, never)["b"] == 1.5
+    assert looking.made == {}
+
+
+def test_facts_lie_in_the_file_and_are_no_part_of_the_key(tmp_path: Path) -> None:
+    Cache(tmp_path).tensors("kind", {"k": 1}, make, {"stream": "tiny"})
+    path = Cache(tmp_path).path("kind", {"k": 1})
+    with safe_open(path, "pt") as file:
+        assert file.metadata() == {"format": "pt", FACTS: '{"stream":"tiny"}'}
+    assert Cache(tmp_path).tensors("kind", {"k": 1}, never, {"stream": "other"})["b"] == 1.5
 
 
 def test_two_processes_that_race_make_an_entry_once(tmp_path: Path) -> None:

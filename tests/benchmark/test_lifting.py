@@ -221,6 +221,15 @@ def test_only_who_declares_it_learns_the_held_out_domain(registry: Registry, str
     assert [one.name for one in lift(replace(toy, uses_target=True), fold)] == ["task-0"]
 
 
+def test_a_union_of_tasks_gives_no_experts(registry: Registry, stream: Stream) -> None:
+    (fold,) = stream.folds
+    union = replace(stream, folds=(replace(fold, train=(fold.joint(),)),))
+    merge = replace(registry.strategies["toy"], consumes=ExpertExperience)
+    assert (is_lifted(merge, union), is_lifted(merge, stream)) == (False, True)
+    assert obstacle(merge, union) == "consumes ExpertExperience, the stream yields JointExperience"
+    assert obstacle(registry.strategies["union"], union) == ""
+
+
 RELEASE = BaseRecipe("digits-cnn", kind="random", seed=1)
 
 
