@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Annotated, Any
@@ -110,4 +112,8 @@ app.add_typer(experts.app, name="experts")
 
 def main() -> None:
     """The console script."""
-    app()
+    try:
+        app()
+    finally:
+        if "triton" not in sys.modules:  # it complains of what was not cleared
+            gc.freeze()  # or the end looks for garbage among all that torch has made, which takes a third of a second

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-CACHED = 1 << 18  # entries of all experts together: 1 MB in float32 stays in the cache of one core
+CACHED = 1 << 19  # entries of all experts together: 2 MB in float32 stay in the cache of one core
 STEP = 1 << 12  # sides of blocks are multiples of it
 ON_DEVICE = 1 << 24  # entries on an accelerator, where a kernel's launch costs more than a cache miss
 

@@ -10,7 +10,6 @@ from typing import Annotated, Any, Literal
 import torch
 from annotated_types import Ge, Gt, Le
 from torch import Tensor
-from torch.nn import functional as F
 
 from shiftproof.benchmark import RunContext
 from shiftproof.strategies.merging.order_statistics import Search, order_statistics
@@ -114,7 +113,7 @@ class Ties(MergeStrategy[TiesConfig]):
 def trimmed(block: Tensor, thresholds: Sequence[float]) -> Tensor:
     """The (D, B) block itself, each row with zeros where the magnitude is below its threshold."""
     for row, threshold in zip(block, thresholds, strict=True):
-        row.copy_(F.hardshrink(row, _below(threshold, block.dtype)))
+        torch.hardshrink(row, _below(threshold, block.dtype), out=row)
     return block
 
 
