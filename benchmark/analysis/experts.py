@@ -10,13 +10,7 @@ from shiftproof.benchmark import lifting
 from shiftproof.benchmark.analysis.deltas import Deltas, Progress, silent
 from shiftproof.benchmark.errors import InputError
 from shiftproof.benchmark.experiences import EvalSet, ExpertExperience
-from shiftproof.benchmark.merging.sources import InMemory
-from shiftproof.benchmark.names import unknown
-from shiftproof.benchmark.records import RunRequest
-from shiftproof.benchmark.registry.lookup import Registry
-from shiftproof.benchmark.running.bases import check_base_file
-from shiftproof.benchmark.running.cells import build_stream
-from shiftproof.benchmark.running.experts import (
+from shiftproof.benchmark.experts.making import (
     expert_of,
     folds_of,
     named_sources,
@@ -25,6 +19,12 @@ from shiftproof.benchmark.running.experts import (
     onlooking,
     request_for as request_for,
 )
+from shiftproof.benchmark.merging.sources import InMemory
+from shiftproof.benchmark.names import unknown
+from shiftproof.benchmark.records import RunRequest
+from shiftproof.benchmark.registry.lookup import Registry
+from shiftproof.benchmark.running.bases import check_base_file
+from shiftproof.benchmark.running.cells import build_stream
 from shiftproof.benchmark.streams import Fold, Stream
 
 T = TypeVar("T")

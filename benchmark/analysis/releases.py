@@ -16,12 +16,12 @@ from shiftproof.benchmark.analysis.measuring import Measured, measure
 from shiftproof.benchmark.errors import InputError
 from shiftproof.benchmark.evaluation import evaluate
 from shiftproof.benchmark.experiences import EvalSet, StateDict, TransportExperience
+from shiftproof.benchmark.experts.making import Source, expert_of, onlooker, onlooking
 from shiftproof.benchmark.models import Model
 from shiftproof.benchmark.records import RunRequest
 from shiftproof.benchmark.registry.lookup import Registry
 from shiftproof.benchmark.running.bases import check_base_file
 from shiftproof.benchmark.running.cells import build_stream
-from shiftproof.benchmark.running.experts import Source, expert_of, onlooker, onlooking
 from shiftproof.benchmark.streams import Stream
 from shiftproof.benchmark.transporting.alignment import Alignment, added, task_vector
 from shiftproof.benchmark.transporting.architectures import derive_model

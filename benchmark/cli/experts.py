@@ -85,12 +85,12 @@ def train(
     chosen = _chosen(stream, numbers[0], "", overrides, device, plugin, data_root)
 
     from shiftproof.benchmark.cache import Cache
-    from shiftproof.benchmark.running import experts
+    from shiftproof.benchmark.experts import making
 
     cache = Cache(makes=not dry_run)
-    total = len(numbers) * len(experts.sources(chosen.stream))
+    total = len(numbers) * len(making.sources(chosen.stream))
     with show_progress("experts", total, quiet or dry_run) as progress:
-        rows = experts.train(chosen.registry, chosen.request, chosen.stream, numbers, chosen.device, cache, progress)
+        rows = making.train(chosen.registry, chosen.request, chosen.stream, numbers, chosen.device, cache, progress)
     cells = [["all" if row.seed is None else str(row.seed), row.name, row.state] for row in rows]
     print_table(["seed", "expert", "state"], cells)
     states = [row.state for row in rows if row.seed is not None]
@@ -114,7 +114,7 @@ def export(
     """Write base and experts out of the cache into safetensors files, for `merge` and `analyze` and for other machines."""
     chosen = _chosen(stream, seed, fold, overrides, device, plugin, data_root)
 
-    from shiftproof.benchmark.running.exporting import export_experts
+    from shiftproof.benchmark.experts.exporting import export_experts
 
     with show_progress("experts", None, quiet) as progress:
         files = export_experts(chosen.registry, chosen.request, chosen.stream, chosen.device, out, force, progress)
@@ -133,14 +133,14 @@ def import_(
     quiet: Quiet = False,
 ) -> None:
     """Take exported experts into the cache of this machine, all or none, if a run here would take them."""
-    from shiftproof.benchmark.running.exported import read_export
+    from shiftproof.benchmark.experts.files import read_export
 
     export = read_export(folder)
     told = export.base
     chosen = _chosen(told.stream, told.seed, told.fold, [*told.set, *overrides], "cpu", plugin, data_root)
 
     from shiftproof.benchmark.cache import Cache
-    from shiftproof.benchmark.running.importing import import_experts
+    from shiftproof.benchmark.experts.importing import import_experts
 
     with show_progress("experts", len(export.experts), quiet) as progress:
         taken = import_experts(export, chosen.registry, chosen.request, chosen.stream, Cache(), force, progress)
@@ -162,9 +162,9 @@ def _chosen(
     check_device(device)
     registry = registry_for(catalogue(), {"strategy": [EXPERT_TRAINER], "stream": [name]}, plugin)
 
+    from shiftproof.benchmark.experts.making import request_for
     from shiftproof.benchmark.running.bases import check_base_file
     from shiftproof.benchmark.running.cells import build_stream
-    from shiftproof.benchmark.running.experts import request_for
     from shiftproof.benchmark.running.jobs import like_a_worker
 
     request = request_for(registry, name, seed, fold, overrides)

@@ -18,12 +18,12 @@ from typer.testing import CliRunner
 
 from shiftproof.benchmark.cli.main import app
 from shiftproof.benchmark.evaluation import evaluate
+from shiftproof.benchmark.experts.making import request_for
 from shiftproof.benchmark.models import Model
 from shiftproof.benchmark.records import RecordStore
 from shiftproof.benchmark.registry.catalogue import read_catalogue
 from shiftproof.benchmark.registry.lookup import load_registry
 from shiftproof.benchmark.running.cells import build_stream
-from shiftproof.benchmark.running.experts import request_for
 
 TOYS = Path(__file__).parents[2] / "toys.py"
 KNOBS = ("recipe.epochs=1", "stream.samples=24", "base.kind=barlow-twins", "base.epochs=1", "base.batch_size=16")
@@ -393,7 +393,7 @@ def test_wrong_input_is_one_line(odd: list[object], tmp_path: Path) -> None:
 KILLED = """
 import os, signal, sys
 from shiftproof.benchmark.cli.main import main
-from shiftproof.benchmark.running import exporting
+from shiftproof.benchmark.experts import exporting
 
 write, written = exporting.write_part, []
 

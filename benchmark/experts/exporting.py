@@ -13,16 +13,7 @@ import torch
 from shiftproof.benchmark.cache import Cache, NotCachedError
 from shiftproof.benchmark.errors import InputError
 from shiftproof.benchmark.experiences import StateDict
-from shiftproof.benchmark.inventory import EXPERT
-from shiftproof.benchmark.lifting import state_sha256
-from shiftproof.benchmark.models import HEADS, Model
-from shiftproof.benchmark.pretraining import BASE, base_key
-from shiftproof.benchmark.recipes import BaseRecipe
-from shiftproof.benchmark.records import RunRequest, sha256
-from shiftproof.benchmark.registry.lookup import Registry
-from shiftproof.benchmark.running.cells import origin_of
-from shiftproof.benchmark.running.experts import Source, check_fine_tuned, expert_of, key_of, named_sources, onlooking
-from shiftproof.benchmark.running.exported import (
+from shiftproof.benchmark.experts.files import (
     BASE_FILE,
     HEADS_FILE,
     RELEASE_FILE,
@@ -32,6 +23,15 @@ from shiftproof.benchmark.running.exported import (
     new_export,
     write_part,
 )
+from shiftproof.benchmark.experts.making import Source, check_fine_tuned, expert_of, key_of, named_sources, onlooking
+from shiftproof.benchmark.inventory import EXPERT
+from shiftproof.benchmark.lifting import state_sha256
+from shiftproof.benchmark.models import HEADS, Model
+from shiftproof.benchmark.pretraining import BASE, base_key
+from shiftproof.benchmark.recipes import BaseRecipe
+from shiftproof.benchmark.records import RunRequest, sha256
+from shiftproof.benchmark.registry.lookup import Registry
+from shiftproof.benchmark.running.cells import origin_of
 from shiftproof.benchmark.running.runner import CellRun
 from shiftproof.benchmark.streams import Stream
 

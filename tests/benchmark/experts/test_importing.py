@@ -16,15 +16,15 @@ from safetensors.torch import load_file, save_file
 from shiftproof.benchmark.cache import Cache
 from shiftproof.benchmark.errors import InputError, OutputError
 from shiftproof.benchmark.experiences import StateDict
+from shiftproof.benchmark.experts.exporting import export_experts
+from shiftproof.benchmark.experts.files import METADATA, Facts, new_export, read_export, read_facts, write_part
+from shiftproof.benchmark.experts.importing import Taken, differences, import_experts
+from shiftproof.benchmark.experts.making import expert_of, key_of, named_sources, onlooking, request_for, train
 from shiftproof.benchmark.lifting import state_sha256
 from shiftproof.benchmark.records import sha256
 from shiftproof.benchmark.registry.lookup import Registry, load_registry
 from shiftproof.benchmark.running.bases import Bases
 from shiftproof.benchmark.running.cells import build_stream
-from shiftproof.benchmark.running.experts import expert_of, key_of, named_sources, onlooking, request_for, train
-from shiftproof.benchmark.running.exported import METADATA, Facts, new_export, read_export, read_facts, write_part
-from shiftproof.benchmark.running.exporting import export_experts
-from shiftproof.benchmark.running.importing import Taken, differences, import_experts
 from shiftproof.benchmark.streams import Stream
 
 TOYS = Path(__file__).parents[2] / "toys.py"
