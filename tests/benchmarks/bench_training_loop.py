@@ -248,6 +248,36 @@ def against_avalanche_replay(stream: Stream, folder: Path) -> None:
         report(f"Avalanche's Replay{what} / our er", pairs, target, steps)
 
 
+def against_bare_passes(stream: Stream, folder: Path) -> None:
+    """`er` over the passes, clipping and step alone, on pictures of two tasks that lie there: what no loop can save."""
+    first, second = experiences(stream)[:2]
+    recipe, steps = stream.recipe, steps_of(second, stream.recipe)
+    saved = state_after(stream, [first], folder)
+
+    def passes() -> Callable[[], Any]:
+        net = make_context(stream, folder).new_model()
+        optimizer = make_optimizer(recipe, list(net.parameters()))
+        generator = torch.Generator().manual_seed(0)
+        batch = 2 * recipe.batch_size
+        x = torch.rand(batch, *stream.input_shape, generator=generator)
+        y, task = (torch.randint(2, (batch,), generator=generator) for _ in range(2))
+
+        def run() -> None:
+            net.train()
+            for _ in range(steps):
+                loss = F.cross_entropy(net(x, task), y)
+                optimizer.zero_grad(set_to_none=True)
+                loss.backward()
+                if recipe.clip_norm:
+                    nn.utils.clip_grad_norm_(net.parameters(), recipe.clip_norm)
+                optimizer.step()
+
+        return run
+
+    pairs = alternate(partial(replay_from, saved, second, stream, folder), passes)
+    report("our er / forward, backward and step alone", pairs, "", steps)
+
+
 def last_task_against_first(stream: Stream, folder: Path) -> None:
     """A step of `er` in the last task over one in the first."""
     *earlier, last = experiences(stream)
@@ -289,6 +319,7 @@ def main() -> None:
         against_bare_loop(biased, folder)
         against_avalanche_naive(biased, folder)
         against_avalanche_replay(biased, folder)
+        against_bare_passes(biased, folder)
         last_task_against_first(biased, folder)
         last_task_against_first(shared, folder)  # where a batch of many tasks is answered by one head
     print(f"load average at the end {os.getloadavg()[0]:.2f}")
