@@ -21,7 +21,7 @@ from torch import Tensor
 
 Array = npt.NDArray[np.float64]
 
-_ROWS = 256  # of a float32 matrix that are taken to float64 at once: they stay in the cache
+ROWS = 256  # of a float32 matrix that are taken to float64 at once: they stay in the cache
 _BLOCK = 64  # columns that LAPACK treats at once; decides how much workspace it likes
 
 
@@ -35,7 +35,7 @@ def gram(matrix: Tensor) -> Array:
     """
     n = matrix.shape[1]
     product = np.zeros((n, n))
-    for rows in matrix.split(_ROWS):
+    for rows in matrix.split(ROWS):
         is_row_major = matrix.stride(1) == 1
         part = (rows if is_row_major else rows.T).to(torch.float64, memory_format=torch.contiguous_format).numpy()
         # To BLAS a row-major matrix is the transposed one.

@@ -21,12 +21,10 @@ import torch
 from threadpoolctl import ThreadpoolController  # type: ignore[import-untyped]
 from torch import Tensor
 
-from shiftproof.strategies.eigenpairs import gram, leading_eigenpairs
+from shiftproof.strategies.eigenpairs import ROWS, gram, leading_eigenpairs
 
 TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-12}
 """Singular values at or below this part of the largest are taken for zero."""
-
-_ROWS = 256  # that are taken to float64 at once
 
 _DELICATE = 1e-3
 """Eigenvalues below this part of the largest have inverse roots too large for a product in float32."""
@@ -151,7 +149,7 @@ def _tall_polar(matrix: Tensor, into: Tensor) -> Polar:
     split = int((values <= _DELICATE * top).sum())
     quarter = (vectors[:, split:] * inverse[split:].sqrt()).to(matrix.dtype)
     root, delicate = quarter @ quarter.T, vectors[:, :split]
-    for rows, place in zip(matrix.split(_ROWS), into.split(_ROWS), strict=True):
+    for rows, place in zip(matrix.split(ROWS), into.split(ROWS), strict=True):
         factor = rows @ root
         if split:
             factor += (((rows.double() @ delicate) * inverse[:split]) @ delicate.T).to(matrix.dtype)

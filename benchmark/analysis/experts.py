@@ -17,7 +17,6 @@ from shiftproof.benchmark.experts.making import (
     namesakes,
     onlooker,
     onlooking,
-    request_for as request_for,
 )
 from shiftproof.benchmark.merging.sources import InMemory
 from shiftproof.benchmark.names import unknown

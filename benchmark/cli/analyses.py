@@ -76,7 +76,8 @@ def experts_from(origin: FromStream) -> StreamExperts:
     names = {"strategy": [EXPERT_TRAINER], "stream": [origin.stream]}
     registry = registry_for(catalogue(), names, origin.plugin)
 
-    from shiftproof.benchmark.analysis.experts import experts_of_stream, request_for
+    from shiftproof.benchmark.analysis.experts import experts_of_stream
+    from shiftproof.benchmark.experts.making import request_for
     from shiftproof.benchmark.running.jobs import like_a_worker
 
     request = request_for(registry, origin.stream, origin.seed, origin.fold, origin.overrides)
@@ -120,8 +121,8 @@ def transports_from(origin: FromStream, methods: str) -> tuple[Transports, dict[
     names = [EXPERT_TRAINER, *(label.partition("@")[0] for label in labels)]
     registry = registry_for(catalogue(), {"strategy": names, "stream": [origin.stream]}, origin.plugin)
 
-    from shiftproof.benchmark.analysis.experts import request_for
     from shiftproof.benchmark.analysis.releases import method_named, transports_of_stream
+    from shiftproof.benchmark.experts.making import request_for
     from shiftproof.benchmark.running.jobs import like_a_worker
 
     named = {label: method_named(registry, label) for label in labels}

@@ -49,7 +49,8 @@ class Merging:
     experts (and on the facts), and that `combine` may be given a partial for each run of a tensor: where the merge is written
     in parts, `scan` and `merge` are handed runs of elements, (N,). What it merges by singular vectors stays whole. One with
     `streams = True` promises to need no more of `experts` than its length and an iteration, and of each nothing after the next
-    has come: each is read when its turn comes, and may take the place of the one before.
+    has come: each is read when its turn comes, and may take the place of the one before. One with `is_ready(facts)` is asked
+    after its rounds whether these facts will do; until they do, more passes follow.
 
     Attributes:
         base: Before fine-tuning.
@@ -111,11 +112,11 @@ class Merging:
             return row
 
         with one_thread_each(self.jobs):
-            for position in range(self.method.rounds):
+            position = 0
+            while position < self.method.rounds or not self._is_ready(facts):
                 found = self._scan(own, facts, position == 0, blocks is not None, progress)
                 facts = self.method.combine(found, facts)
-                if (is_ready := getattr(self.method, "is_ready", None)) and is_ready(facts):
-                    break
+                position += 1
             held = (lambda name: self.held(name, self.run_of_merge)) if blocks else self.held
             rows = {row.name: row for row in mapped(finish, names, held, self.jobs, IN_FLIGHT * self.jobs)}
         return [rows[name] for name in self.base.names()]
@@ -159,6 +160,9 @@ class Merging:
         each = min(elements, run) if run and self.in_blocks(name) else elements
         held = self._dtype(name).itemsize * each * (2 + len(self.experts))
         return held * 3 // 2 if self.rule(name)[0] == "spectral" else held
+
+    def _is_ready(self, facts: Any) -> bool:
+        return not self.method.rounds or bool(getattr(self.method, "is_ready", lambda facts: True)(facts))
 
     def _is_new(self, name: str) -> bool:
         """Whether no pass before the merge goes over a tensor."""

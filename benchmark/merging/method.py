@@ -19,7 +19,7 @@ class MergeMethod(Protocol):
     `combine` what the scans of one pass found into the facts that the next pass and `merge` are given.
 
     Attributes:
-        rounds: Passes over all tensors before the merge, at most; 0 where every tensor stands alone.
+        rounds: Passes over all tensors before the merge, as a rule; 0 where every tensor stands alone.
     """
 
     rounds: int

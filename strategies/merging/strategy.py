@@ -39,7 +39,7 @@ class MergeStrategy(ABC, Generic[C]):
         context: Of the run; None where checkpoints are merged.
 
     Attributes:
-        rounds: Passes over all tensors before the merge, at most.
+        rounds: Passes over all tensors before the merge, as a rule.
         blockwise: `scan` and `merge` may be given runs of a flattened tensor, one after another: nothing depends on shape,
             position or the rest of the tensor.
         streams: `merge` goes over `experts` in order and is done with each before it takes the next, so that files are read
@@ -87,8 +87,8 @@ class MergeStrategy(ABC, Generic[C]):
         return None
 
     def is_ready(self, facts: Any) -> bool:
-        """Whether these facts suffice, so that the passes that are left can be spared."""
-        return False
+        """Whether these facts will do after the last round; more passes follow until they do."""
+        return True
 
     def learn(self, experience: ExpertExperience) -> Mapping[str, float]:
         """Take in an expert."""

@@ -57,10 +57,10 @@ class Ties(MergeStrategy[TiesConfig]):
     def __init__(self, config: TiesConfig, context: RunContext | None = None) -> None:
         super().__init__(config, context)
         self.blockwise = config.granularity == "global"
-        self.rounds = 5 if self.blockwise else 0
+        self.rounds = 3 if self.blockwise else 0
 
     def is_ready(self, facts: Trimming) -> bool:
-        """After three passes, or five."""
+        """After three passes, or five where the sample misled."""
         return facts.votes is not None
 
     def scan(self, name: str, base: Tensor, experts: Sequence[Tensor], facts: Trimming | None) -> Any:

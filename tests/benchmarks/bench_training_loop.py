@@ -121,13 +121,18 @@ def bare_loop(net: Model, experience: DataExperience, context: RunContext) -> No
             x, y = data.x[index].float().div_(255), data.y[index]
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(recipe, done, total)
-            loss = F.cross_entropy(net(x, task), y)
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            if recipe.clip_norm:
-                nn.utils.clip_grad_norm_(net.parameters(), recipe.clip_norm)
-            optimizer.step()
+            step(net, optimizer, recipe, x, y, task)
             done += 1
+
+
+def step(net: Model, optimizer: torch.optim.Optimizer, recipe: Recipe, x: Tensor, y: Tensor, task: int | Tensor) -> None:
+    """Forward, backward, clipping and step."""
+    loss = F.cross_entropy(net(x, task), y)
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    if recipe.clip_norm:
+        nn.utils.clip_grad_norm_(net.parameters(), recipe.clip_norm)
+    optimizer.step()
 
 
 def as_float32(stream: Stream) -> Stream:
@@ -265,12 +270,7 @@ def against_bare_passes(stream: Stream, folder: Path) -> None:
         def run() -> None:
             net.train()
             for _ in range(steps):
-                loss = F.cross_entropy(net(x, task), y)
-                optimizer.zero_grad(set_to_none=True)
-                loss.backward()
-                if recipe.clip_norm:
-                    nn.utils.clip_grad_norm_(net.parameters(), recipe.clip_norm)
-                optimizer.step()
+                step(net, optimizer, recipe, x, y, task)
 
         return run
 

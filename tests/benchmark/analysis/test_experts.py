@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from shiftproof.benchmark import DataExperience, Stream, leave_one_domain_out
-from shiftproof.benchmark.analysis.experts import StreamExperts, chosen, experts_of_stream, request_for
+from shiftproof.benchmark.analysis.experts import StreamExperts, chosen, experts_of_stream
 from shiftproof.benchmark.contracts import SuiteSpec
 from shiftproof.benchmark.errors import InputError
+from shiftproof.benchmark.experts.making import request_for
 from shiftproof.benchmark.registry.lookup import Registry, load_registry
 from shiftproof.benchmark.running.matrix import plan
 from shiftproof.benchmark.running.runner import run_cell

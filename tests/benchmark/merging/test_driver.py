@@ -158,6 +158,26 @@ class Largest:
 
 
 @dataclass
+class Patient(Largest):
+    """Wants another pass for as long as it has not seen four."""
+
+    def is_ready(self, facts: Any) -> bool:
+        return len(self.seen) >= 4
+
+    def combine(self, partials: Mapping[str, float], facts: Any) -> Any:
+        self.seen.append(list(partials))
+        return (1.0, len(self.seen))
+
+
+@pytest.mark.parametrize(("rounds", "passes"), [(2, 4), (5, 5)])
+def test_passes_go_on_after_the_rounds_until_the_facts_will_do(rounds: int, passes: int) -> None:
+    method = Patient(rounds=rounds)
+    merged, _ = merge_states(method, {"w": torch.zeros(2)}, [{"w": torch.ones(2)}, {"w": torch.ones(2)}])
+    assert len(method.seen) == passes
+    assert merged["w"].tolist() == [passes, passes]
+
+
+@dataclass
 class Counting:
     """Writes the number of all elements everywhere; does not care for the shape."""
 
