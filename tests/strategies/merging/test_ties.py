@@ -13,6 +13,7 @@ from torch import Tensor
 from shiftproof.benchmark.merging.driver import Merging, merge_states
 from shiftproof.benchmark.merging.sources import InMemory
 from shiftproof.strategies.merging import task_vectors
+from shiftproof.strategies.merging.order_statistics import STRIDE, WHOLE
 from shiftproof.strategies.merging.ties import Ties, TiesConfig
 
 State = dict[str, Tensor]
@@ -51,6 +52,16 @@ def reference(x: Tensor, density: float) -> Tensor:
     return (x * agree).sum(0) / agree.sum(0).clamp(min=1)
 
 
+class Passes(Ties):
+    """Counts its passes."""
+
+    made = 0
+
+    def combine(self, partials: Mapping[str, Any], facts: Any) -> Any:
+        self.made += 1
+        return super().combine(partials, facts)
+
+
 def merge(vectors: Sequence[Sequence[float]], **knobs: Any) -> list[float]:
     """TIES of one tensor over a base of zeros."""
     experts = [{"w": torch.tensor(vector, dtype=torch.float64)} for vector in vectors]
@@ -68,6 +79,24 @@ def test_equals_the_flattened_reference(count: int, density: float, dtype: torch
     assert expected.abs().max() > 0
     bound = tolerance * float(expected.abs().max())
     torch.testing.assert_close(merged_vector(base, merged), expected, rtol=tolerance, atol=bound)
+
+
+@pytest.mark.parametrize("shift", [0.0, 50.0])
+def test_many_entries_are_merged_as_the_reference_does_whether_or_not_the_sample_misleads(shift: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    base = {"long": torch.zeros(2, WHOLE), "short": torch.zeros(WHOLE // 2)}
+    experts = [{name: torch.randn(tensor.shape, generator=generator) for name, tensor in base.items()} for _ in range(3)]
+    for expert in experts:
+        expert["long"].view(-1)[::STRIDE] += shift  # just those that are looked at
+    parts = {name: torch.empty(tensor.numel()) for name, tensor in base.items()}
+    sources = [InMemory(state) for state in (base, *experts)]
+    passes = Passes(TiesConfig(density=0.5))
+    Merging(passes, sources[0], sources[1:], jobs=2).run(
+        lambda name, tensor: parts[name].copy_(tensor.reshape(-1)),
+        write_part=lambda name, start, part: parts[name][start : start + len(part)].copy_(part),
+    )
+    assert passes.made == (5 if shift else 3)
+    torch.testing.assert_close(torch.cat([parts["long"], parts["short"]]), reference(flat(base, experts), 0.5))
 
 
 @settings(max_examples=60)
