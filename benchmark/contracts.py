@@ -136,12 +136,18 @@ class BackboneSpec:
 
 @dataclass(frozen=True)
 class ExecutorSpec:
-    """`build() -> Executor`, which runs the cells of a matrix."""
+    """`build() -> Executor`, which runs the cells of a matrix.
+
+    Attributes:
+        unavailable: Why it cannot run here (a missing extra); empty if it can.
+        elsewhere: Cells run on other machines, so that `--device cuda` needs no GPU on this one.
+    """
 
     name: str
     build: Callable[[], Executor]
     description: str
     unavailable: str = ""
+    elsewhere: bool = False
 
 
 EXPERT_TRAINER = "sgd"  # the strategy that fine-tunes the base where a stream of data becomes one of experts

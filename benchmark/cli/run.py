@@ -74,7 +74,7 @@ def run(
         folder,
         executor,
         jobs,
-        chosen_device(device),
+        chosen_device(device, registry.executors[executor].elsewhere),
         str(data_root) if data_root else None,
         retry_failed,
         rerun,
@@ -171,11 +171,11 @@ def check_device(device: str) -> None:
         raise InputError(f"expected --device as one of {', '.join(DEVICES)}, got {device!r}{did_you_mean(device, DEVICES)}")
 
 
-def chosen_device(device: str) -> str:
-    """ "cpu" or "cuda"; auto takes the GPU where there is one. Raises InputError for cuda without one."""
+def chosen_device(device: str, elsewhere: bool = False) -> str:
+    """ "cpu" or "cuda"; auto takes a GPU if there is one. Raises InputError for cuda without one, unless it is elsewhere."""
     import torch
 
-    has_gpu = torch.cuda.is_available()
+    has_gpu = torch.cuda.is_available() or (elsewhere and device == "cuda")
     if device == "cuda" and not has_gpu:
         raise InputError("expected a CUDA device for --device cuda, got none on this machine; use --device auto or cpu")
     return "cuda" if has_gpu and device != "cpu" else "cpu"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import multiprocessing
 import os
 from collections.abc import Iterator, Sequence
@@ -11,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from shiftproof.benchmark.contracts import ExecutorSpec
+from shiftproof.benchmark.errors import InputError
 from shiftproof.benchmark.hookspecs import hookimpl
 
 if TYPE_CHECKING:
@@ -25,6 +27,13 @@ class JobResult:
 
     run_id: str
     status: Literal["finished", "failed", "busy", "lost"]
+
+
+def told(answer: JobResult | str) -> JobResult:
+    """The result, or the InputError whose message came instead."""
+    if isinstance(answer, str):
+        raise InputError(answer)
+    return answer
 
 
 class Executor(Protocol):
@@ -126,4 +135,23 @@ def shiftproof_executors() -> list[ExecutorSpec]:
     return [
         ExecutorSpec("inline", InlineExecutor, "one cell after another in this process"),
         ExecutorSpec("process", ProcessExecutor, "parallel cells in spawned workers, one thread each"),
+        ExecutorSpec("slurm", _slurm, "tasks of SLURM job arrays, by submitit", _needs("submitit", "slurm"), elsewhere=True),
+        ExecutorSpec("ray", _ray, "tasks of a Ray cluster", _needs("ray", "ray"), elsewhere=True),
     ]
+
+
+def _slurm() -> Executor:
+    from shiftproof.benchmark.running.slurm import SlurmExecutor  # by an extra
+
+    return SlurmExecutor()
+
+
+def _ray() -> Executor:
+    from shiftproof.benchmark.running.ray import RayExecutor  # by an extra
+
+    return RayExecutor()
+
+
+def _needs(package: str, extra: str) -> str:
+    found = importlib.util.find_spec(package) is not None
+    return "" if found else f"needs {package}: pip install 'shiftproof[{extra}]'"

@@ -93,6 +93,14 @@ def execute(job: Job) -> JobResult:
         raise InputError(str(error)) from error  # which, unlike a PluginError, finds its way back from a worker
 
 
+def answer(job: Job) -> JobResult | str:
+    """`execute`, with wrong input as its message: for engines that bring a traceback back instead of an exception."""
+    try:
+        return execute(job)
+    except InputError as error:
+        return str(error)
+
+
 def _run(job: Job, out: Path) -> RunRecord:
     stored = RecordStore(out).read(job.run_id)
     if stored is not None and not job.rerun and (stored.status == "finished" or stored.attempts > job.attempts):

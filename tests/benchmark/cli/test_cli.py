@@ -66,7 +66,7 @@ def test_wrong_usage_is_one_line_and_ends_with_2(arguments: list[str], message: 
         ("suites", ["toy", "short"]),
         ("metrics", ["average", "worst", "forgetting"]),
         ("backbones", ["digits-cnn", "resnet18"]),
-        ("executors", ["inline", "process"]),
+        ("executors", ["inline", "process", "slurm", "ray"]),
     ],
 )
 def test_list_names_everything_of_a_kind(toy: Path, kind: str, names: list[str]) -> None:
