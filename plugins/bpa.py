@@ -21,7 +21,7 @@ class BpaConfig:
     momentum: Annotated[float, Gt(0), Le(1)] = 0.3  # m, of the new weight; 1 = off
     state: Literal["sample", "cluster"] = "sample"  # what has momentum; as in the released LwS, or as the text words it
     features: Literal["erm", "base"] = "erm"  # what is clustered: BPA trains a network by cross-entropy first
-    applied: Literal["stored", "current"] = "stored"  # weights of the last visit, or from the losses recorded so far
+    applied: Literal["stored", "current"] = "stored"  # weights of the last visit, or from the losses so far; state="sample"
     refresh_every: Annotated[int, Ge(1)] = 1  # steps; released: 10
     sizes_until_seen: bool = False  # N / N_c alone until every sample was seen; released: True
     zero_is_unseen: bool = True  # a recorded loss of exactly 0 does not count; released: False

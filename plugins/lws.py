@@ -36,7 +36,7 @@ class LwsConfig:
     buffer_size: Annotated[int, Ge(1)] = 1024  # M, samples; thesis Table 5.1
     bins: Annotated[int, Ge(1)] = 4  # n, intervals of the loss
     warm_up: Annotated[int, Ge(0)] = 5  # epochs before the losses are taken; a shorter recipe takes them at its end
-    redistribute: bool = False  # give the slots of bins without candidates to other bins
+    redistribute: bool = False  # give the slots of bins without candidates to other bins; mode="population"
     target_coefficient: Annotated[float, Ge(0)] = 1.0  # of the replayed target loss, Eq. 5.5
     replay_cluster_coefficient: Annotated[float, Ge(0)] = 1.0  # of the replayed cluster loss, Eq. 5.5
     distillation: Annotated[float, Ge(0)] = 1.0  # of KD, Eq. 5.6

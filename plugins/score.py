@@ -28,8 +28,8 @@ class ScoreConfig(SpectralConfig):
     keep_diagonal: bool = True  # Table 3
     keep_off_diagonal: bool = True  # Table 3
     statistics: Literal["off-diagonal", "all"] = "off-diagonal"  # of Eq. 4; released: all, with zeros on the diagonal
-    unbiased: bool = True  # sigma_off with N - 1
-    center: bool = True  # False: mu_off = 0, so that no sign convention matters
+    unbiased: bool = True  # sigma_off with N - 1, where it is centred
+    center: bool = True  # False: mu_off = 0 and sigma_off the root mean square, so that no sign convention matters
     signs: Literal["canonical", "raw"] = "canonical"  # largest entry of u_i positive; raw: as LAPACK has them (released)
     remainder: Literal["drop", "pad"] = "drop"  # of r / D columns; released: pad, with directions of LAPACK's null space
 

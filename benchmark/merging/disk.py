@@ -62,12 +62,15 @@ class Cost:
 
 
 def check_refusals(merging: Merging) -> None:
-    """Raises InputError where the method has no answer for a tensor of that shape and so many experts."""
-    for name in merging.base.names():
-        _, why = merging.rule(name)
-        reason = merging.method.refusal(name, merging.base.shape(name), len(merging.experts)) if not why else ""
-        if reason:
-            raise InputError(reason)
+    """Raises InputError where the method has no answer for the shapes of tensors that change, and so many experts."""
+    base = merging.base
+    refused: dict[str, Sequence[int]] = {}
+    for name in base.names():
+        shape = {name: base.shape(name)}
+        if not merging.rule(name)[1] and merging.method.refusal(shape, len(merging.experts)) and merging.changes(name):
+            refused |= shape
+    if refused:
+        raise InputError(merging.method.refusal(refused, len(merging.experts)))
 
 
 def cost_of(merging: Merging, base: Checkpoint) -> Cost:

@@ -192,6 +192,11 @@ class Merging:
             raise InputError(f"expected finite values, got NaN or infinity in {name!r} of {source.label}")
         return tensor
 
+    def changes(self, name: str) -> bool:
+        """Whether any expert differs from the base in a tensor; reads it whole."""
+        base = self.base.read(name)
+        return not all(torch.equal(base, expert.read(name)) for expert in self.experts)
+
     def _merge(self, name: str, facts: Any) -> tuple[Tensor, TensorRow]:
         rule, why = self.rule(name)
         shape = self.base.shape(name)

@@ -28,8 +28,8 @@ class MergeMethod(Protocol):
         """How a tensor of that name and shape is merged."""
         ...
 
-    def refusal(self, name: str, shape: Sequence[int], experts: int) -> str:
-        """Why so many checkpoints cannot be merged in a tensor, and what to do; empty if they can."""
+    def refusal(self, shapes: Mapping[str, Sequence[int]], experts: int) -> str:
+        """Why so many checkpoints cannot be merged in tensors of these names, and what to do; empty if they can."""
         ...
 
     def scan(self, name: str, base: Tensor, experts: Sequence[Tensor], facts: Any) -> Any:

@@ -29,7 +29,7 @@ class GeorgeConfig:
     factor: Annotated[int, Ge(1)] = 5  # over-clustering, times the best k
     step: Annotated[float, Gt(0)] = 0.01  # of the group weights
     adjustment: Annotated[float, Ge(0)] = 3.0  # C, added as C / sqrt(n_c)
-    adjust_loss: bool = False  # as in the released GroupDRO: True
+    adjust_loss: bool = False  # it enters the loss as well, which no gradient sees; released: True
     uniform: bool = True  # draw clusters with the same probability
     features: Literal["erm", "base"] = "erm"  # what is clustered
 

@@ -89,7 +89,7 @@ class GroupDroConfig:
 
     step: Annotated[float, Gt(0)] = 0.01  # of the group weights
     adjustment: Annotated[float, Ge(0)] = 0.0  # C, added as C / sqrt(n_g); 0 = off
-    adjust_loss: bool = False  # the adjustment enters the loss as well; released: True
+    adjust_loss: bool = False  # the adjustment enters the loss as well, which no gradient sees; released: True
     uniform: bool = True  # draw groups with the same probability, Algorithm 1; False: every sample once an epoch
 
 

@@ -56,7 +56,8 @@ class ExperienceReplay(TrainingStrategy[Any]):
 class AsymmetricReplay(ExperienceReplay):
     """ER-ACE (Caccia et al., ICLR 2022, arXiv:2104.05025): on the stream, only the classes of the batch compete.
 
-    With a head of its own for each task there is nothing to mask; what remains is replay with separate losses.
+    With a head of its own for each task there is nothing to mask; what remains is replay with separate losses. A single head
+    is masked, one of two classes too.
     """
 
     def loss(self, batch: Batch) -> Tensor:

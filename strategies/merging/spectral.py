@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -50,14 +50,18 @@ class SpectralMerge(MergeStrategy[C]):
         is_excluded = any(part in name for part in self.config.exclude)
         return "spectral" if is_matrix and not is_excluded and 0 not in shape else "average"
 
-    def refusal(self, name: str, shape: Sequence[int], experts: int) -> str:
+    def refusal(self, shapes: Mapping[str, Sequence[int]], experts: int) -> str:
         """Where 1/D of the rank is less than one singular vector."""
-        rank = min(shape[0], math.prod(shape[1:])) if shape else 0
-        if not self.shares_rank or self.path(name, shape) != "spectral" or rank >= experts:
+        spectral = [name for name, shape in shapes.items() if self.shares_rank and self.path(name, shape) == "spectral"]
+        ranks = {name: min(shapes[name][0], math.prod(shapes[name][1:])) for name in spectral}
+        small = [name for name in ranks if ranks[name] < experts]
+        if not small:
             return ""
+        first, more = small[0], f" and {len(small) - 1} more" if len(small) > 1 else ""
+        excluded = ",".join([*self.config.exclude, *small])
         return (
-            f"expected at most {rank} experts for {name!r} of shape {tuple(shape)}, got {experts}: "
-            f"there is less than one singular vector for each; leave it to the mean with --set exclude={name}"
+            f"expected at most {ranks[first]} experts for {first!r} of shape {tuple(shapes[first])}{more}, got {experts}: "
+            f"there is less than one singular vector for each; leave it to the mean with --set exclude={excluded}"
         )
 
     def merge(self, name: str, base: Tensor, experts: Sequence[Tensor], facts: Any) -> Tensor:

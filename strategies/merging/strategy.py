@@ -74,8 +74,8 @@ class MergeStrategy(ABC, Generic[C]):
         """How a tensor is merged, for reports."""
         return "elementwise"
 
-    def refusal(self, name: str, shape: Sequence[int], experts: int) -> str:
-        """Why so many checkpoints cannot be merged in a tensor, and what to do; empty if they can."""
+    def refusal(self, shapes: Mapping[str, Sequence[int]], experts: int) -> str:
+        """Why so many checkpoints cannot be merged in tensors of these names, and what to do; empty if they can."""
         return ""
 
     def scan(self, name: str, base: Tensor, experts: Sequence[Tensor], facts: Any) -> Any:
@@ -110,12 +110,12 @@ class MergeStrategy(ABC, Generic[C]):
         return self.path("weight", (8, 8)) == "spectral"
 
     def model(self) -> Model:
-        """The base with the experts' merge in its shared tensors, and each task's own head."""
+        """The base with the experts' merge in its shared tensors, and each task's own head; one expert is its own merge."""
         assert self.base is not None
         merged = deepcopy(self.base)
         base = {name: tensor.detach().cpu() for name, tensor in self.base.state_dict().items()}
         if len(self.experts) == 1:
-            state = {name: self.experts[0][name] if name in self.shared else tensor for name, tensor in base.items()}
+            state = {name: self._alone(name, tensor) if name in self.shared else tensor for name, tensor in base.items()}
         else:
             state, _ = merge_states(self, base, self.experts, self.shared.__contains__)
         merged.load_state_dict({**state, **self.private})
@@ -125,3 +125,7 @@ class MergeStrategy(ABC, Generic[C]):
             batches = [part for parts in zip(*(x.split(BATCH) for x in self.inputs), strict=False) for part in parts]
             update_bn(batches, merged.backbone, device)
         return merged
+
+    def _alone(self, name: str, base: Tensor) -> Tensor:
+        expert, scale = self.experts[0][name], getattr(self.config, "scale", 1.0)
+        return base.lerp(expert, scale) if scale != 1 and base.is_floating_point() else expert

@@ -48,9 +48,9 @@ class Whole(Mean):
 
 class Few(Whole):
     "Has an answer for as many experts as the matrix has rows."
-    def refusal(self, name, shape, experts):
-        few = len(shape) == 2 and shape[0] < experts
-        return f"expected at most {shape[0]} experts for {name!r} of shape {shape}, got {experts}; drop some" if few else ""
+    def refusal(self, shapes, experts):
+        few = {name: shape for name, shape in shapes.items() if len(shape) == 2 and shape[0] < experts}
+        return f"expected few experts for {few}, got {experts}; drop some" if few else ""
 
 class Norm(Mean):
     "Divides by the largest delta of all tensors."
@@ -420,9 +420,20 @@ def test_one_expert_is_too_few(plugin: Path, folder: Path) -> None:
 
 def test_more_experts_than_the_method_has_an_answer_for_are_refused(plugin: Path, folder: Path) -> None:
     files = save(folder, [state(seed, side=3) for seed in range(6)])
-    message = "expected at most 3 experts for 'weight' of shape (3, 3), got 5"
+    message = "expected few experts for {'weight': (3, 3)}, got 5; drop some"
     assert message in refused("few", *options(plugin, files, folder / "out.safetensors"))
     assert call("few", *options(plugin, files[:4], folder / "out.safetensors")).exit_code == 0
+
+
+def test_a_small_matrix_that_no_expert_has_changed_is_no_obstacle(plugin: Path, folder: Path) -> None:
+    row = torch.rand(1, 16, generator=torch.Generator().manual_seed(0))
+    states = [{**state(seed), "type": row} for seed in range(3)]
+    files, out = save(folder, states), folder / "out.safetensors"
+    assert call("few", *options(plugin, files, out)).exit_code == 0
+    assert torch.equal(load_file(out)["type"], row)
+    states[2]["type"] = row + 1
+    line = refused("few", *options(plugin, save(folder, states), out), "--force")
+    assert "expected few experts for {'type': (1, 16)}, got 2; drop some" in line
 
 
 class Harmful:

@@ -25,7 +25,7 @@ class Sum:
     def path(self, name: str, shape: Sequence[int]) -> Literal["elementwise"]:
         return "elementwise"
 
-    def refusal(self, name: str, shape: Sequence[int], experts: int) -> str:
+    def refusal(self, shapes: Mapping[str, Sequence[int]], experts: int) -> str:
         return ""
 
     def scan(self, name: str, base: Tensor, experts: Sequence[Tensor], facts: Any) -> Any:

@@ -143,7 +143,7 @@ class Largest:
     def path(self, name: str, shape: Sequence[int]) -> Literal["spectral", "elementwise"]:
         return "spectral" if len(shape) == 2 else "elementwise"
 
-    def refusal(self, name: str, shape: Sequence[int], experts: int) -> str:
+    def refusal(self, shapes: Mapping[str, Sequence[int]], experts: int) -> str:
         return ""
 
     def scan(self, name: str, base: Tensor, experts: Sequence[Tensor], facts: Any) -> float:
@@ -188,7 +188,7 @@ class Counting:
     def path(self, name: str, shape: Sequence[int]) -> Literal["elementwise"]:
         return "elementwise"
 
-    def refusal(self, name: str, shape: Sequence[int], experts: int) -> str:
+    def refusal(self, shapes: Mapping[str, Sequence[int]], experts: int) -> str:
         return ""
 
     def scan(self, name: str, base: Tensor, experts: Sequence[Tensor], facts: Any) -> int:

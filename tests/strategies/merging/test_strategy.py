@@ -104,6 +104,18 @@ def test_one_expert_is_itself(label: str, tmp_path: Path) -> None:
         assert torch.equal(state[name], base[name] if name.startswith("heads.1") else tensor)
 
 
+@pytest.mark.parametrize("label", ["task-arithmetic", "ties", "dare", "score"])
+def test_of_one_expert_the_scale_is_applied_too(label: str, tmp_path: Path) -> None:
+    run = context(SmallViT, 1, tmp_path)
+    (only,) = experts(run, (0,))
+    spec, _, config = REGISTRY.strategy(label)
+    strategy = spec.build(replace(config, scale=0.25), run)
+    strategy.learn(only)
+    state, base = strategy.model().state_dict(), run.new_model().state_dict()
+    for name in only.shared:
+        torch.testing.assert_close(state[name], base[name] + (only.expert.state_dict()[name] - base[name]) / 4)
+
+
 # MagMax lets the later of equals win, DARE draws by position, SCORE's threshold depends on the order of the concatenated
 # directions, and the textbook route of Iso keeps whatever LAPACK puts into the null space.
 ORDERED = ("magmax", "dare", "score", "iso-c@released", "iso-cts@released")
@@ -201,7 +213,12 @@ def test_more_experts_than_singular_vectors_are_refused_where_each_is_to_have_so
 ) -> None:
     spec, _, config = REGISTRY.strategy(label)
     method = spec.build(config, None)  # type: ignore[arg-type]  # files are merged without a context
-    assert bool(method.refusal("weight", (4, 64), experts)) is refused  # type: ignore[attr-defined]
-    assert method.refusal("bias", (4,), experts) == ""  # type: ignore[attr-defined]
+    shapes = {"bias": (4,), "weight": (4, 64), "other": (64, 3, 1), "large": (64, 64), "text_projection": (2, 64), "w": (1, 9)}
+    said = method.refusal({name: shapes[name] for name in ("bias", "weight", "large", "text_projection")}, experts)  # type: ignore[attr-defined]
+    assert bool(said) is refused
     if refused:
-        assert "--set exclude=weight" in method.refusal("weight", (4, 64), experts)  # type: ignore[attr-defined]
+        assert said.startswith("expected at most 4 experts for 'weight' of shape (4, 64), got 5: ")
+        assert said.endswith("with --set exclude=text_projection,weight")  # what is excluded already stays so
+        both = method.refusal(shapes, experts)  # type: ignore[attr-defined]
+        assert "for 'weight' of shape (4, 64) and 1 more, got 5" in both
+        assert both.endswith("with --set exclude=text_projection,weight,w")
