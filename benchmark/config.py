@@ -7,6 +7,7 @@ import dataclasses
 import inspect
 import io
 import json
+import math
 import re
 import textwrap
 import tokenize
@@ -64,7 +65,9 @@ def resolve(config: C, pairs: Iterable[tuple[str, str]], owner: str = "") -> C:
             changes[key] = _parse(hints[key], text)
         except ValueError as error:
             now = show_value(getattr(config, key))
-            raise InputError(f"{prefix}{key}: expected {type_text(hints[key])}, got {text!r}; unset it is {now}") from error
+            wanted = type_text(hints[key])
+            wanted = f"finite {wanted}" if "float" in wanted and _is_infinite(text) else wanted
+            raise InputError(f"{prefix}{key}: expected {wanted}, got {text!r}; unset it is {now}") from error
     try:
         return dataclasses.replace(config, **changes)  # type: ignore[type-var]
     except (TypeError, ValueError) as error:
@@ -202,6 +205,14 @@ def _parse(hint: Any, text: str) -> Any:
         except (ValidationError, TypeError):
             continue
     raise ValueError(text)
+
+
+def _is_infinite(text: str) -> bool:
+    """True for what is a number in Python and none in JSON: inf, nan and 1e999."""
+    try:
+        return not math.isfinite(float(text))
+    except ValueError:
+        return False
 
 
 def _spellings(text: str) -> list[Any]:

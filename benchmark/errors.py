@@ -13,5 +13,9 @@ class ContractError(InputError):
     """A strategy does something that its specification did not declare, or returns what the contract does not allow."""
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM: it ends a run like Ctrl-C, which takes its workers along and leaves nothing half-written."""
+
+
 class NotFiniteError(RuntimeError):
     """A loss or a logit that is NaN or infinite; the cell fails with its reason."""

@@ -43,12 +43,14 @@ def unknown(kind: str, name: str, known: Iterable[str], hint: str = "") -> Input
     Args:
         kind: What was looked for, in words.
         known: Every name that would have been right; the error lists them unless they are too many for a line.
-        hint: One more sentence for the end.
+        hint: One more sentence for the end, where no known name is near.
     """
     names = sorted(known)
-    listed = f"known: {', '.join(names) or 'none'}" if len(names) <= LISTED else "`shiftproof list` names all that are known"
+    command = f"`shiftproof list {KINDS.get(kind, 'KIND')}` names all that are known"
+    listed = f"known: {', '.join(names) or 'none'}" if len(names) <= LISTED else command
     article = "an" if kind[0] in "aeiou" else "a"
-    return InputError(f"expected the name of {article} {kind}, got {name!r}{did_you_mean(name, names)} ({listed}){hint}")
+    question = did_you_mean(name, names)
+    return InputError(f"expected the name of {article} {kind}, got {name!r}{question} ({listed}){'' if question else hint}")
 
 
 def conflict(kind: str, name: str, first: str, second: str) -> InputError:
@@ -65,4 +67,6 @@ def problems_hint(problems: Mapping[str, str]) -> str:
     Args:
         problems: Plugin to what is wrong with it.
     """
+    if len(problems) > 1:
+        return f"; {len(problems)} plugins did not load: {', '.join(sorted(problems))}; `shiftproof plugins` says why"
     return "".join(f"; plugin {name!r} did not load: {error}" for name, error in problems.items())

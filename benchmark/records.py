@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from shiftproof.benchmark.errors import InputError, OutputError
+from shiftproof.benchmark.folders import is_folder
 
 SCHEMA_VERSION = "1.0.0"
 MEND = "restore it or delete it and run again"
@@ -115,6 +116,8 @@ def parse_json(text: str, where: str) -> dict[str, Any]:
     """A JSON object, or an error that says which file is damaged and where."""
     try:
         content = json.loads(text, parse_constant=_refuse_constant)
+    except RecursionError:
+        raise InputError(f"{where}: expected a JSON file, got one that is nested too deeply to be read; {MEND}") from None
     except ValueError as error:
         line = f"ends or breaks at line {error.lineno}" if isinstance(error, json.JSONDecodeError) else f"holds {error}"
         raise InputError(f"{where}: expected a complete JSON file, got one that {line}; {MEND}") from None
@@ -154,19 +157,30 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     Raises:
         OutputError: If the folder cannot be written or the disk is full.
     """
-    data = content.encode() if isinstance(content, str) else content
-    temporary = None
+    write_together({path: content})
+
+
+def write_together(files: Mapping[Path, str | bytes]) -> None:
+    """Write whole files, and none if the disk has no room for all of them.
+
+    Raises:
+        OutputError: If a folder cannot be written or the disk is full.
+    """
+    temporaries: list[tuple[str, Path]] = []
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
+        for path, content in files.items():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+            temporaries.append((temporary, path))
+            with os.fdopen(handle, "wb") as file:
+                file.write(content.encode() if isinstance(content, str) else content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.chmod(temporary, 0o644)
+        for temporary, path in temporaries:
+            os.replace(temporary, path)
     except BaseException as error:  # an interrupt from the keyboard leaves nothing behind, either
-        if temporary is not None:
+        for temporary, _ in temporaries:
             Path(temporary).unlink(missing_ok=True)
         if not isinstance(error, OSError):
             raise
@@ -209,6 +223,12 @@ class RecordStore:
         return read_records(self.folder)
 
 
+def records_folder(folder: Path) -> Path:
+    """Where the records of `folder` lie: in its `records` if it is an output folder, else directly in it."""
+    inner = folder / "records"
+    return inner if is_folder(inner) else folder
+
+
 def read_record(path: Path) -> RunRecord:
     """The record in a file.
 
@@ -218,10 +238,10 @@ def read_record(path: Path) -> RunRecord:
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError:
-        raise InputError(f"{path.name}: expected a JSON file, got other bytes; {MEND}") from None
+        raise InputError(f"{path}: expected a JSON file, got other bytes; {MEND}") from None
     except OSError as error:
         raise InputError(f"expected a record in {path}, got: {error.strerror}; {MEND}") from error
-    return RunRecord.from_json(text, path.name)
+    return RunRecord.from_json(text, str(path))
 
 
 def read_records(folder: Path) -> list[RunRecord]:
@@ -230,6 +250,6 @@ def read_records(folder: Path) -> list[RunRecord]:
     for path in sorted(folder.glob("*.json")):
         record = read_record(path)
         if record.run_id != path.stem:
-            raise InputError(f"{path.name}: expected the file to be named by its run id, got run id {record.run_id}")
+            raise InputError(f"{path}: expected the file to be named by its run id, got run id {record.run_id}")
         records.append(record)
     return records

@@ -12,6 +12,7 @@ from shiftproof.benchmark.contracts import SuiteSpec
 from shiftproof.benchmark.errors import InputError
 from shiftproof.benchmark.names import NAME, did_you_mean
 
+LARGEST_SEED = 2**32 - 1  # of numpy's legacy generators, which strategies may use
 KEYS = ("name", "description", "streams", "strategies", "seeds", "overrides", "recipe")
 
 
@@ -26,7 +27,9 @@ def read_suite(path: Path) -> SuiteSpec:
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "text that is not UTF-8"
         raise InputError(f"expected a suite in {path}, got: {reason}; `shiftproof show SUITE --toml` prints one") from error
-    except tomllib.TOMLDecodeError as error:
+    except RecursionError as error:
+        raise InputError(f"{path.name}: expected TOML, got brackets within brackets too deep to be read") from error
+    except ValueError as error:  # not TOML, or a number of more digits than Python reads
         raise InputError(f"{path.name}: expected TOML, got: {error}") from error
     for key in content:
         if key not in KEYS:
@@ -61,13 +64,15 @@ def check_seeds(seeds: Any, where: str) -> tuple[int, ...]:
     """Seeds as a tuple.
 
     Raises:
-        InputError: Unless they are integers of 0 or more, each once, and at least one.
+        InputError: Unless they are integers of 0 or more, none above `LARGEST_SEED`, each once, and at least one.
     """
     whole = isinstance(seeds, list) and all(
         isinstance(seed, int) and not isinstance(seed, bool) and seed >= 0 for seed in seeds
     )
     if not whole or not seeds or len(set(seeds)) != len(seeds):
         raise InputError(f"{where}: expected seeds as integers of 0 or more, each once, got {seeds!r}; write for example 0,1,2")
+    if max(seeds) > LARGEST_SEED:
+        raise InputError(f"{where}: expected seeds of at most {LARGEST_SEED}, got {max(seeds)}; write for example 0,1,2")
     return tuple(seeds)
 
 

@@ -42,6 +42,16 @@ def test_conforms(label: str) -> None:
     assert not failed, "\n".join(f"{result.name}: {result.detail}" for result in failed)
 
 
+def test_without_who_fine_tunes_experts_a_merge_is_not_tried_and_the_row_says_so() -> None:
+    (result,) = check_strategy("weight-average", registry=load_registry(["merging"]))
+    assert (result.passed, result.detail) == (False, "needs the strategy 'sgd' to fine-tune experts, which is not loaded")
+
+
+def test_an_accuracy_that_is_not_judged_is_not_sold_as_one() -> None:
+    (row,) = (one for one in check_strategy("sgd", registry=REGISTRY) if one.name == "finishes the planted stream")
+    assert "which is not judged: the run is too short to learn much, chance is 50 %" in row.detail
+
+
 def shared_head() -> Stream:
     """Two steps of two classes each, out of ten that share one head, whose task id is 3."""
     planted, train, evals = planted_stream(), [], []

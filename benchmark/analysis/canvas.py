@@ -45,15 +45,22 @@ def footnote(figure: Figure, text: str) -> None:
 
 
 def short(name: str, length: int = LENGTH) -> str:
-    """A name whose beginning gives way, since that is what names of tensors share; up to a dot if one is near.
+    """A name whose first parts give way, since those are what names of tensors share, but for parts with a number in it.
 
     >>> short("visual.transformer.resblocks.0.attn.out_proj.weight", 34)
     '...resblocks.0.attn.out_proj.weight'
+    >>> short("encoder.layers.encoder_layer_0.self_attention.out_proj", 34)
+    '...encoder_layer_0...out_proj'
     """
-    if len(name) <= length:
-        return name
-    end = name[-length:]
-    return f"...{end[end.find('.', 0, length // 2) + 1 :]}"
+    kept = dict(enumerate(name.split(".")))
+    for place, part in list(kept.items())[:-1]:
+        if len(".".join(kept.values())) <= length:
+            break
+        if not any(map(str.isdigit, part)):
+            del kept[place]
+    if len(".".join(kept.values())) > length:
+        return f"...{name[-length:]}"
+    return "".join(("" if not place else "." if place - 1 in kept else "...") + part for place, part in kept.items())
 
 
 def save(figure: Figure, path: Path) -> Path:

@@ -66,7 +66,7 @@ def experts_of_stream(
     check_base_file(registry, stream)
     folds = folds_of(stream, request.fold)
     if reason := lifting.obstacle(onlooker(ExpertExperience), stream):
-        raise InputError(f"expected a stream of data or of experts, got {stream.name}, which {reason}")
+        raise InputError(f"expected a stream of data or of experts, got {stream.name}: {reason}")
     found, evals = named_sources(stream, request.fold), _evals(stream, folds)
     experts = {}
     with onlooking(registry, request, stream, device) as run:

@@ -74,6 +74,8 @@ def _averages(found: Overlap) -> Figure:
         axes.set_title(title)
     left.set_ylabel("projected")
     left.set_xlabel("defines the subspace")
+    right.set_ylabel("expert")  # an angle has no direction
+    right.set_xlabel("expert")
     rule = found.rule
     fewer = ", one vector fewer" if rule.one_fewer else ""
     footnote(figure, f"Mean over {len(found.layers)} layers; epsilon = {rule.epsilon:g}{fewer}. Colours: pairs only.")

@@ -84,8 +84,10 @@ def transports_of_stream(
     """
     stream = build_stream(registry, request, data_root)
     check_base_file(registry, stream)
-    if reason := lifting.obstacle(onlooker(TransportExperience), stream):
-        raise InputError(f"expected a stream with a new release of its base, got {stream.name}, which {reason}")
+    if lifting.obstacle(onlooker(TransportExperience), stream):
+        raise InputError(
+            f"expected a stream that goes to a new release of its base, got {stream.name}, which does not; choose another"
+        )
     found = {}
     with onlooking(registry, request, stream, device) as run:
         for fold in stream.folds:
@@ -105,7 +107,9 @@ def method_named(registry: Registry, label: str) -> RebasinMethod:
     """
     spec, _, preset = registry.strategy(label)
     if spec.consumes is not TransportExperience or not hasattr(spec.build, "align") or spec.needs_data:
-        raise InputError(f"expected methods that align two releases without data, got {label!r}; `list strategies` tells")
+        raise InputError(
+            f"expected methods that align two releases without data, got {label!r}; `shiftproof list strategies` tells"
+        )
     built: RebasinMethod = spec.build(preset, None)  # type: ignore[arg-type, assignment]  # there is no run to have a context
     return built
 

@@ -69,8 +69,12 @@ def coefficients(low: float = 0.0, high: float = 2.0, step: float = 0.1) -> tupl
     >>> coefficients(0, 1, 0.5)
     (0.0, 0.5, 1.0)
     """
-    if not all(math.isfinite(value) for value in (low, high, step)) or step <= 0 or high < low + step:
-        raise InputError(f"expected --low below --high by a --step above 0 or more, got {low}, {high} and {step}")
+    if not all(math.isfinite(value) for value in (low, high, step)):
+        raise InputError(f"expected finite coefficients, got some from {low:g} to {high:g} by {step:g}")
+    if step <= 0:
+        raise InputError(f"expected --step above 0, got {step:g}")
+    if high < low + step:
+        raise InputError(f"expected --high of {low + step:g} or more, a --step above the lowest, got {high:g}")
     count = math.floor((high - low) / step + 1e-9) + 1
     if count > MOST:
         raise InputError(f"expected at most {MOST} values of a coefficient, got {count}; take a larger --step")

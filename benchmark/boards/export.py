@@ -54,19 +54,31 @@ def _columns(board: Block) -> list[str]:
     return sorted(primary, key=lambda name: (ORDER.index(name) if name in ORDER else len(ORDER), name))
 
 
-def _header(board: Block) -> list[str]:
+def _ranked_by(board: Block) -> str:
+    columns = _columns(board)
+    return RANKED_BY if RANKED_BY in columns else columns[0]
+
+
+def _shown_columns(board: Block, section: Block) -> list[str]:
+    """Columns in which a row has a value: forgetting, for example, means nothing without an order of tasks."""
+    columns = _columns(board)
+    means = {name: [row["metrics"][name]["mean"] for row in section["rows"]] for name in columns}
+    return [name for name in columns if any(mean is not None for mean in means[name])] or columns
+
+
+def _header(board: Block, section: Block) -> list[str]:
     arrows = {True: "↑", False: "↓"}
-    metrics = [f"{name} {arrows[board['metrics'][name]['higher_is_better']]}" for name in _columns(board)]
+    shown = _shown_columns(board, section)
+    metrics = [f"{name} {arrows[board['metrics'][name]['higher_is_better']]}" for name in shown]
     return ["strategy", *metrics, "rank", "flags"]
 
 
 def _body(board: Block, section: Block) -> list[list[str]]:
-    columns = _columns(board)
-    ranked_by = RANKED_BY if RANKED_BY in columns else columns[0]
+    ranked_by, shown = _ranked_by(board), _shown_columns(board, section)
     return [
         [
             display_name(row),
-            *(_percent(row["metrics"][name]) for name in columns),
+            *(_percent(row["metrics"][name]) for name in shown),
             _rank(row["metrics"][ranked_by]),
             ", ".join(_shown_flags(row)),
         ]
@@ -97,8 +109,7 @@ def _rank(summary: Block) -> str:
 
 def _notes(board: Block, section: Block) -> Iterator[str]:
     """What a reader has to know beside the table, one sentence each."""
-    seeds, columns = len(section["seeds"]), _columns(board)
-    ranked_by = RANKED_BY if RANKED_BY in columns else columns[0]
+    seeds, ranked_by = len(section["seeds"]), _ranked_by(board)
     yield f"Percent, mean over {seeds} seed{'s' * (seeds != 1)}{' ± standard deviation' * (seeds > 1)}."
     if any(row["metrics"][ranked_by]["rank_range"] for row in section["rows"]):
         yield f"Rank on {ranked_by} with the ranks that the seeds do not rule out (Tukey's HSD, 95 % for all rows together)."
@@ -115,7 +126,7 @@ def _markdown(board: Block) -> str:
 
     lines = [f"# {board['name']}", ""]
     for section in board["sections"]:
-        header = _header(board)
+        header = _header(board, section)
         rule = ["---", *["---:"] * (len(header) - 2), "---"]
         lines += [f"## {section['title']}", "", *map(cells, [header, rule, *_body(board, section)]), ""]
         lines += [" ".join(_notes(board, section)), ""]
@@ -145,7 +156,7 @@ def _latex(board: Block) -> str:
 
     parts = []
     for section in board["sections"]:
-        header = _header(board)
+        header = _header(board, section)
         caption = " ".join([f"{section['title']}.", *_notes(board, section)])
         parts += [r"\begin{table}", r"\centering", rf"\caption{{{plain(caption)}}}"]
         parts += [rf"\begin{{tabular}}{{l{'r' * (len(header) - 2)}l}}", r"\toprule", cells(header), r"\midrule"]
@@ -185,7 +196,7 @@ def _rich(board: Block, section: Block) -> Table:
     # Labels hold brackets, which rich would take for markup.
     caption = escape("\n".join(_notes(board, section)))
     result = Table(title=escape(section["title"]), caption=caption, title_justify="left", caption_justify="left")
-    header = _header(board)
+    header = _header(board, section)
     longest = max((len(display_name(row)) for row in section["rows"]), default=0)
     for place, name in enumerate(header):
         number = 0 < place < len(header) - 1

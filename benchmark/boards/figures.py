@@ -21,7 +21,7 @@ from shiftproof.benchmark.boards.curves import task_curves
 from shiftproof.benchmark.boards.export import display_name
 from shiftproof.benchmark.boards.labels import crosses, place_labels, spread
 from shiftproof.benchmark.errors import InputError
-from shiftproof.benchmark.records import RunRecord, write_atomically
+from shiftproof.benchmark.records import RunRecord
 
 Block = Mapping[str, Any]
 Array = NDArray[np.float64]
@@ -63,19 +63,20 @@ class Look(NamedTuple):
     hollow: bool
 
 
-def draw_board(board: Block, records: Sequence[RunRecord], folder: Path) -> list[Path]:
-    """Draw each section of a board as PNG files, the same to the byte for the same board and matplotlib.
+def draw_board(board: Block, records: Sequence[RunRecord], folder: Path) -> dict[Path, bytes]:
+    """Draw each section of a board as PNG pictures, the same to the byte for the same board and matplotlib.
 
     Args:
         board: As built or read.
         records: Those of the board; the accuracy over the task sequence is computed from their counts.
-        folder: Where the files go; made if need be.
+        folder: Where the files are to go.
 
     Returns:
-        The files: `<board>-<section>-worst-average.png`, and `-sequence.png` where the order of tasks means something.
+        What each file is to hold: `<board>-<section>-worst-average.png`, and `-sequence.png` where the order of tasks means
+        something.
 
     Raises:
-        InputError: If a record is missing or the folder cannot be written.
+        InputError: If a record is missing.
     """
     by_id = {record.run_id: record for record in records}
     missing = sorted(set(board["records"]) - set(by_id))
@@ -84,11 +85,11 @@ def draw_board(board: Block, records: Sequence[RunRecord], folder: Path) -> list
     # From matplotlib's defaults, whatever a matplotlibrc says.
     with style.context(["default", STYLE], after_reset=True):
         stems = _stems([f"{board['name']} {section['title']}" for section in board["sections"]])
-        return [
-            _save(figure, folder / f"{stem}-{kind}.png")
+        return {
+            folder / f"{stem}-{kind}.png": _png(figure)
             for stem, section in zip(stems, board["sections"], strict=True)
             for kind, figure in _draw(section, by_id)
-        ]
+        }
 
 
 def _stems(titles: Sequence[str]) -> list[str]:
@@ -117,12 +118,11 @@ def _look(place: int, row: Block) -> Look:
     return Look(name, COLOURS[colour], MARKERS[(colour + turn) % len(MARKERS)], DASHES[turn % len(DASHES)], hollow)
 
 
-def _save(figure: Figure, path: Path) -> Path:
+def _png(figure: Figure) -> bytes:
     buffer = io.BytesIO()
     # The version of matplotlib, which it would write into the file, is no part of the picture.
     figure.savefig(buffer, format="png", dpi=DPI, metadata={"Software": None})
-    write_atomically(path, buffer.getvalue())
-    return path
+    return buffer.getvalue()
 
 
 def _scatter(section: Block, points: Sequence[tuple[Block, Block, Look]]) -> Figure:
@@ -130,26 +130,31 @@ def _scatter(section: Block, points: Sequence[tuple[Block, Block, Look]]) -> Fig
     FigureCanvasAgg(figure)
     axes = figure.subplots()
     means = np.array([[100 * average["mean"], 100 * worst["mean"]] for average, worst, _ in points])  # (N, 2)
-    bars = np.array([[_half_width(average), _half_width(worst)] for average, worst, _ in points])  # (N, 2)
+    ends = np.array([[_ends(average), _ends(worst)] for average, worst, _ in points])  # (N, 2, 2)
+    bars = np.abs(ends - means[..., None])  # (N, 2, 2), to the left and right, down and up
     for (x, y), (dx, dy), (_, _, look) in zip(means, bars, points, strict=True):
-        axes.errorbar(x, y, xerr=dx, yerr=dy, color=look.colour, elinewidth=0.7, alpha=0.55, zorder=2)
-        axes.plot(x, y, look.marker, color=look.colour, mfc="white" if look.hollow else look.colour, ms=5, zorder=3)
+        axes.errorbar(x, y, xerr=dx[:, None], yerr=dy[:, None], color=look.colour, elinewidth=0.7, alpha=0.55, zorder=2)
+        face = "white" if look.hollow else look.colour
+        axes.plot(x, y, look.marker, color=look.colour, mfc=face, ms=5, zorder=3, clip_on=False)
     axes.set_xlabel("average accuracy (%)")
     axes.set_ylabel("worst-group accuracy (%)")
     axes.set_title(_wrapped(section["title"], 90))
     axes.margins(0.06)
     for (low, high), set_limits in ((axes.get_xlim(), axes.set_xlim), (axes.get_ylim(), axes.set_ylim)):
-        middle, half = (low + high) / 2, max(high - low, LEAST_SPAN) / 2
-        set_limits(middle - half, middle + half)
+        span = max(high - low, LEAST_SPAN)
+        least = float(np.clip((low + high - span) / 2, 0, max(100 - span, 0)))
+        set_limits(least, min(least + span, 100))
     figure.supxlabel(_caption(points), **CAPTION)
     figure.draw_without_rendering()
-    _name_points(axes, means, bars, [look for _, _, look in points])
+    _name_points(axes, means, ends, [look for _, _, look in points])
     return figure
 
 
-def _half_width(summary: Block) -> float:
+def _ends(summary: Block) -> tuple[float, float]:
+    """Of the bar, in percent; an interval may be wider than what an accuracy can be."""
     interval = _interval(summary)
-    return 50 * (interval["high"] - interval["low"]) if interval else 0.0
+    half = (interval["high"] - interval["low"]) / 2 if interval else 0.0
+    return 100 * max(summary["mean"] - half, 0.0), 100 * min(summary["mean"] + half, 1.0)
 
 
 def _interval(summary: Block) -> Block | None:
@@ -176,7 +181,7 @@ def _legend(looks: Sequence[Look]) -> list[str]:
     )
 
 
-def _name_points(axes: Axes, means: Array, bars: Array, looks: Sequence[Look]) -> None:
+def _name_points(axes: Axes, means: Array, ends: Array, looks: Sequence[Look]) -> None:
     """Write each name near its point, with a thin line where it stands apart."""
     unit = DPI / 72
     axes.autoscale(False)
@@ -187,7 +192,7 @@ def _name_points(axes: Axes, means: Array, bars: Array, looks: Sequence[Look]) -
     ]
     extents = [text.get_window_extent() for text in texts]
     sizes = np.array([[extent.width + 2 * unit, extent.height + 1 * unit] for extent in extents])
-    points, low, high = (axes.transData.transform(at) for at in (means, means - bars, means + bars))  # (N, 2) each
+    points, low, high = (axes.transData.transform(at) for at in (means, ends[..., 0], ends[..., 1]))  # (N, 2) each
     corners = place_labels(points, sizes, crosses(points, low, high, unit), np.array(axes.bbox.extents), unit)
     for text, corner, size, point, look in zip(texts, corners, sizes, points, looks, strict=True):
         x, y = axes.transData.inverted().transform(corner + unit * np.array([1.0, 0.5]))

@@ -31,7 +31,6 @@ COSTS = (
 
 # What should be the same in all records of a row; the run id covers only some of it.
 _MIXTURES: dict[str, Callable[[RunRecord], object]] = {
-    "mixed commits": lambda record: record.provenance["git_commit"],
     "mixed packages": lambda record: (record.provenance["packages"], record.provenance["python"]),
     "mixed threads": lambda record: record.provenance["threads"],
     "mixed hardware": lambda record: record.provenance["hardware"],
@@ -65,7 +64,10 @@ def rounded(value: float, digits: int = 9) -> float:
 def mixtures(records: Sequence[RunRecord]) -> list[str]:
     """Flags for what differs between finished records that should agree in it."""
     records = [record for record in records if record.status == "finished"]
-    flags = [flag for flag, fact in _MIXTURES.items() if len({canonical(fact(record)) for record in records}) > 1]
+    # A commit is that of the strategy's own checkout: those of two distributions have nothing to do with each other.
+    commits = {(record.plugin["distribution"], record.provenance["git_commit"]) for record in records}
+    flags = ["mixed commits"] * (len(commits) > len({distribution for distribution, _ in commits}))
+    flags += [flag for flag, fact in _MIXTURES.items() if len({canonical(fact(record)) for record in records}) > 1]
     return flags + ["dirty tree"] * any(record.provenance["git_dirty"] for record in records)
 
 

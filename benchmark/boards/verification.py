@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from importlib.resources import files
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jsonschema import Draft202012Validator  # type: ignore[import-untyped]
@@ -83,14 +84,20 @@ def cell_metrics(record: RunRecord, metrics: Sequence[MetricSpec]) -> dict[str, 
     return {metric.name: metric.compute(scores) for metric in metrics}
 
 
-def record_problems(record: RunRecord, metrics: Sequence[MetricSpec]) -> list[str]:
+def name_of(run_id: str, folder: Path | None) -> str:
+    """What problems call a record: its file if it was read from a folder, else the start of its run id."""
+    return f"record {run_id[:12]}" if folder is None else str(folder / f"{run_id}.json")
+
+
+def record_problems(record: RunRecord, metrics: Sequence[MetricSpec], folder: Path | None = None) -> list[str]:
     """What is wrong with a record, one line each; empty if its shape, its hashes and its metrics are right.
 
     Args:
         record: Finished or failed.
         metrics: What the record's metrics are compared with; those it names beyond these are left alone.
+        folder: That holds the record's file, if it has one.
     """
-    where = f"record {record.run_id[:12]}"
+    where = name_of(record.run_id, folder)
     try:
         validate(vars(record), where)
     except InputError as error:

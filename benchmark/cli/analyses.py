@@ -43,6 +43,15 @@ class FromStream:
     quiet: bool
 
 
+def checked_folder(out: Path | None) -> Path | None:
+    """What --out says. Raises InputError, before anything is computed, if no file could be written there."""
+    from shiftproof.benchmark.merging.inputs import check_folder
+
+    if out is not None:
+        check_folder("--out", out)
+    return out
+
+
 @contextmanager
 def deltas_from(base: Path | None, experts: Sequence[Path], origin: FromStream) -> Iterator[Deltas]:
     """What experts changed: those on disk, whose files stay open inside, or those of a stream.

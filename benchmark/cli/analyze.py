@@ -7,7 +7,16 @@ from typing import Annotated
 
 import typer
 
-from shiftproof.benchmark.cli.analyses import FromStream, deltas_from, plane_from, report, show_progress, transports_from
+from shiftproof.benchmark.cli.analyses import (
+    FromStream,
+    checked_folder,
+    deltas_from,
+    plane_from,
+    report,
+    show_progress,
+    transports_from,
+)
+from shiftproof.benchmark.cli.console import distinct
 from shiftproof.benchmark.cli.run import DataRoot, PluginFiles
 
 app = typer.Typer(help="Look at experts, and at what lies between them.", rich_markup_mode=None)
@@ -17,12 +26,17 @@ ExpertFiles = Annotated[list[Path], typer.Option("--expert", help="Checkpoint af
 StreamName = Annotated[str, typer.Option("--stream", help="A stream, whose experts are trained unless they are cached.")]
 Seed = Annotated[int, typer.Option("--seed", help="Seed of the experts.")]
 FoldName = Annotated[str, typer.Option("--fold", help="Only this fold of the stream; all if not given.")]
-Overrides = Annotated[list[str], typer.Option("--set", metavar="SCOPE.KEY=VALUE", help="Set a knob of stream, recipe or base.")]
+Overrides = Annotated[
+    list[str],
+    typer.Option("--set", metavar="SCOPE.KEY=VALUE", help="Set a knob of stream, recipe or base.", callback=distinct),
+]
 Layers = Annotated[str, typer.Option("--layers", metavar="PART", help="Only matrices whose name contains this.")]
 Methods = Annotated[str, typer.Option("--strategy", metavar="T[@PRESET],T2", help="Methods that align two releases.")]
 Pair = Annotated[str, typer.Option("--experts", metavar="A,B", help="Two experts of the stream by name; all it has if two.")]
 EvalNames = Annotated[str, typer.Option("--eval", metavar="E,E2", help="Eval sets by name; all of the folds if not given.")]
-Out = Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Folder for pictures and numbers.")]
+Out = Annotated[
+    Path | None, typer.Option("--out", metavar="DIR", help="Folder for pictures and numbers.", callback=checked_folder)
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Device = Annotated[str, typer.Option("--device", help="Where experts are trained and measured: auto, cpu or cuda.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bar.")]

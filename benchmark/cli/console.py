@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import shutil
+import signal
 import sys
 import textwrap
 from collections.abc import Iterator, Sequence
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
+from shiftproof.benchmark.errors import InputError, Terminated
 from shiftproof.benchmark.registry.catalogue import Catalogue, read_catalogue
 
 if TYPE_CHECKING:
@@ -72,6 +74,46 @@ def layout(header: Sequence[str], rows: Sequence[Sequence[str]], width: int | No
 
 def _line(cells: Sequence[str], widths: Sequence[int]) -> str:
     return (" " * GAP).join(cell.ljust(limit) for cell, limit in zip(cells, widths, strict=True)).rstrip()
+
+
+def counted(count: int, what: str) -> str:
+    """A number of things.
+
+    >>> counted(1, "cell"), counted(2, "cell")
+    ('1 cell', '2 cells')
+    """
+    return f"{count} {what}{'' if count == 1 else 's'}"
+
+
+def distinct(items: list[str]) -> list[str]:
+    """What `--set` was given, unless one knob has two values: which of them was meant, nobody can tell.
+
+    Args:
+        items: "SCOPE.KEY=VALUE".
+
+    Raises:
+        InputError: Naming the first such knob.
+    """
+    given: dict[str, str] = {}
+    for item in items:
+        target, _, value = item.partition("=")
+        if given.setdefault(target, value) != value:
+            raise InputError(f"expected one value for {target}, got two: {given[target]} and {value}; leave one out")
+    return items
+
+
+@contextmanager
+def ended_by_sigterm() -> Iterator[None]:
+    """Within, SIGTERM raises `Terminated` in the main thread; otherwise the process would end where it stands."""
+
+    def stop(number: int, frame: object) -> None:
+        raise Terminated
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
 
 
 def console() -> Console:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import shutil
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -14,7 +15,6 @@ from typing import Literal
 
 from shiftproof.benchmark.errors import InputError
 from shiftproof.benchmark.folders import cache_folder
-from shiftproof.benchmark.records import write_atomically
 from shiftproof.benchmark.registry.catalogue import read_catalogue
 from shiftproof.benchmark.registry.loading import one_line
 
@@ -94,10 +94,12 @@ def cache() -> Finding:
     """Where bases, features and the catalogue are kept, how much is there, and whether it can be written."""
     folder = cache_folder()
     try:
-        write_atomically(folder / ".writable", "")
-        (folder / ".writable").unlink()
-    except InputError as error:
-        return Finding("cache folder", "fail", f"{error}; name another one in SHIFTPROOF_CACHE")
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as probe:
+            probe.write(b"1")
+    except OSError as error:
+        detail = f"expected a folder that can be written, got {folder}: {error.strerror}; name another one in SHIFTPROOF_CACHE"
+        return Finding("cache folder", "fail", detail)
     free = shutil.disk_usage(folder).free
     detail = f"{folder}: {_size(_used(folder))} used, {_size(free)} free"
     return Finding("cache folder", "ok" if free >= LEAST_FREE else "warn", detail)
@@ -105,7 +107,10 @@ def cache() -> Finding:
 
 def plugins() -> list[Finding]:
     """Plugins that do not load, and names that two of them contribute."""
-    known = read_catalogue()
+    try:
+        known = read_catalogue()
+    except InputError as error:  # no cache folder, or a name in SHIFTPROOF_PLUGINS that is not installed
+        return [Finding("plugins", "fail", str(error))]
     findings = [Finding(f"plugin {name}", "warn", error) for name, error in known.broken.items()]
     findings += [Finding("plugins", "fail", line) for line in known.conflicts()]
     return findings or [Finding("plugins", "ok", f"{len(known.plugins)} load")]

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from shiftproof.benchmark.cli.analyses import show_progress
-from shiftproof.benchmark.cli.console import catalogue, print_table
+from shiftproof.benchmark.cli.console import catalogue, distinct, print_table
 from shiftproof.benchmark.cli.run import DataRoot, PluginFiles, check_device, chosen_device, parse_seeds, registry_for
 from shiftproof.benchmark.contracts import EXPERT_TRAINER
 from shiftproof.benchmark.folders import cache_folder
@@ -26,7 +26,10 @@ if TYPE_CHECKING:
 app = typer.Typer(help="Fine-tuned experts: make them ahead of runs, see what there is, hand them on.", rich_markup_mode=None)
 
 StreamName = Annotated[str, typer.Argument(metavar="STREAM", help="A stream with data.")]
-Overrides = Annotated[list[str], typer.Option("--set", metavar="SCOPE.KEY=VALUE", help="Set a knob of stream, recipe or base.")]
+Overrides = Annotated[
+    list[str],
+    typer.Option("--set", metavar="SCOPE.KEY=VALUE", help="Set a knob of stream, recipe or base.", callback=distinct),
+]
 Device = Annotated[str, typer.Option("--device", help="What experts are made on: auto, cpu or cuda.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bar.")]
 SHORT = 12  # characters of a hash in a table
@@ -93,7 +96,7 @@ def train(
         rows = making.train(chosen.registry, chosen.request, chosen.stream, numbers, chosen.device, cache, progress)
     cells = [["all" if row.seed is None else str(row.seed), row.name, row.state] for row in rows]
     print_table(["seed", "expert", "state"], cells)
-    states = [row.state for row in rows if row.seed is not None]
+    states = [row.state for row in rows]
     counts = ", ".join(f"{states.count(state)} {state}" for state in ("missing" if dry_run else "trained", "found"))
     typer.echo(counts)
 

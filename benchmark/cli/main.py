@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import errno
 import gc
+import io
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Annotated, Any
 
-import typer
-from typer.core import TyperCommand, TyperGroup
+try:
+    import typer
+    from typer.core import TyperCommand, TyperGroup
 
-from shiftproof.benchmark.cli import analyze, board, experts, facts, merge, run, tools, transport
-from shiftproof.benchmark.errors import InputError
+    from shiftproof.benchmark.cli import analyze, board, experts, facts, merge, run, tools, transport
+    from shiftproof.benchmark.errors import InputError, Terminated
+except KeyboardInterrupt:  # most of a short command's time goes into these, and nobody wants to see where
+    print("stopped", file=sys.stderr)
+    sys.exit(130)
 
 # Typer exports of its usage errors only this one; the parent covers unknown options and commands too.
 _UsageError: type[Exception] = typer.BadParameter.__mro__[1]
@@ -69,11 +76,32 @@ def _one_line(ctx: Any) -> Iterator[None]:
         raise typer.Exit(2) from error
     except KeyboardInterrupt as error:
         typer.echo("stopped; finished cells are kept, the same command goes on from here", err=True)
-        raise typer.Exit(130) from error
+        raise typer.Exit(143 if isinstance(error, Terminated) else 130) from error
+    except OSError as error:
+        if error.errno != errno.ENOSPC:  # a reader who has left is Typer's business
+            raise
+        _give_up_output()
+        typer.echo(f"error: expected to write, got: {error.strerror}; free space or write elsewhere", err=True)
+        raise typer.Exit(2) from error
     except _UsageError as error:
         where = getattr(getattr(error, "ctx", None), "command_path", "shiftproof")
-        typer.echo(f"error: {error.format_message().rstrip('.')}; see {where} --help", err=True)  # type: ignore[attr-defined]
+        told = f"{error.format_message().rstrip('.')}{_came(error)}"  # type: ignore[attr-defined]
+        typer.echo(f"error: {told}; see {where} --help", err=True)
         raise typer.Exit(2) from error
+
+
+def _came(error: Exception) -> str:
+    """The value that a parameter was given, which pydantic keeps and Typer does not tell."""
+    errors = getattr(error.__cause__, "errors", None)
+    return f", got {errors()[0]['input']!r}" if errors else ""
+
+
+def _give_up_output() -> None:
+    """What could not be written would be written again, and fail again, when the interpreter ends."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 # Plain help and plain tracebacks: rich ones cost half the time that `--help` may take.
@@ -112,8 +140,14 @@ app.add_typer(experts.app, name="experts")
 
 def main() -> None:
     """The console script."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal that lacks a letter is no reason to fail
     try:
         app()
+    except KeyboardInterrupt:  # before the command, or after it
+        print("stopped", file=sys.stderr)
+        sys.exit(130)
     finally:
         if "triton" not in sys.modules:  # it complains of what was not cleared
             gc.freeze()  # or the end looks for garbage among all that torch has made, which takes a third of a second

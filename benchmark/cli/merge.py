@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from shiftproof.benchmark.cli.console import heavy_imports, print_table
+from shiftproof.benchmark.cli.console import distinct, heavy_imports, print_table
 from shiftproof.benchmark.cli.method import strategy_named
 from shiftproof.benchmark.cli.run import DEVICES, PluginFiles, chosen_device
 from shiftproof.benchmark.errors import InputError
@@ -32,7 +32,9 @@ def merge(
     base: Annotated[Path, typer.Option(help="Before fine-tuning: *.safetensors, its index or folder, *.pt, *.pth, *.bin.")],
     expert: Annotated[list[Path], typer.Option(help="After it; give one for each expert.")],
     out: Annotated[Path, typer.Option(help="merged.safetensors, or for a sharded base a folder.")],
-    overrides: Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="Set a knob; may be repeated.")] = [],  # noqa: B006
+    overrides: Annotated[
+        list[str], typer.Option("--set", metavar="KEY=VALUE", help="Set a knob; may be repeated.", callback=distinct)
+    ] = [],  # noqa: B006
     device: Annotated[str, typer.Option(help="Where to compute: cpu, cuda or auto.")] = "cpu",
     dtype: Annotated[str, typer.Option(help="What to compute in: float32, float64 or auto.")] = "auto",
     jobs: Annotated[int | None, typer.Option(help="Threads, one tensor each; all processors if not given.")] = None,
@@ -91,7 +93,7 @@ def _merge(
     except KeyboardInterrupt:
         typer.echo("stopped; nothing was written", err=True)
         raise typer.Exit(130) from None
-    _print_rows(rows, checkpoints)
+    _print_rows(rows, merging, checkpoints)
     typer.echo(f"{len(checkpoints) - 1} experts merged by {made.method} in {time.perf_counter() - started:.1f} s")
     typer.echo("".join(f"wrote: {file}\n" for file in files), nl=False)
 
@@ -104,6 +106,7 @@ def _method(label: str, overrides: Sequence[str], plugin: Sequence[Path], device
     """
     from shiftproof.benchmark.codehash import module_of, plugin_sha256
     from shiftproof.benchmark.experiences import ExpertExperience
+    from shiftproof.benchmark.lifting import needs_data
     from shiftproof.benchmark.merging.disk import Made
     from shiftproof.benchmark.merging.method import MergeMethod
 
@@ -112,8 +115,9 @@ def _method(label: str, overrides: Sequence[str], plugin: Sequence[Path], device
     instead = "`shiftproof run` runs it on a stream"
     if not issubclass(spec.consumes, ExpertExperience):
         raise InputError(f"expected a method that merges experts, got {name!r}, which learns from data; {instead}")
-    if spec.needs_data:
-        raise InputError(f"expected a method that merges without data, got {name!r}, which needs data; {instead}")
+    if needs_data(spec, config):
+        which = repr(name) if spec.needs_data else f"{name!r} with {spec.data_knob}"
+        raise InputError(f"expected a method that merges without data, got {which}, which needs data; {instead}")
     # A reference such as the base itself is a strategy on experts and merges nothing.
     can_merge = hasattr(spec.build, "merge") or not isinstance(spec.build, type)
     built = spec.build(config, None) if can_merge else None  # type: ignore[arg-type]  # there is no run to have a context
@@ -134,17 +138,17 @@ def _merging(method: MergeMethod, made: Made, checkpoints: Sequence[Checkpoint],
 def _report_plan(merging: Merging, checkpoints: Sequence[Checkpoint]) -> None:
     from shiftproof.benchmark.merging.disk import cost_of, planned
 
-    _print_rows(planned(merging), checkpoints)
+    _print_rows(planned(merging), merging, checkpoints)
     cost = cost_of(merging, checkpoints[0])
     typer.echo(f"passes: {cost.passes}, {_size(cost.read)} to read, and once the inputs for their hashes")
     typer.echo(f"output: {_size(cost.written)}")
     typer.echo(f"memory: {_size(cost.memory)} for base and experts, beside torch and what the method needs for itself")
 
 
-def _print_rows(rows: Sequence[TensorRow], checkpoints: Sequence[Checkpoint]) -> None:
+def _print_rows(rows: Sequence[TensorRow], merging: Merging, checkpoints: Sequence[Checkpoint]) -> None:
     from shiftproof.benchmark.merging.disk import summary
 
-    whole = summary(rows)
+    whole = summary(rows, merging.method)
     total = sum(elements for _, _, _, elements in whole) or 1
     cells = [[rule, str(tensors), f"{n:,}", f"{n / total:.1%}", why or "-"] for rule, why, tensors, n in whole]
     for checkpoint in checkpoints:

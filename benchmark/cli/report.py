@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from shiftproof.benchmark.cli.board import print_board, write_board
-from shiftproof.benchmark.cli.console import print_table
+from shiftproof.benchmark.cli.console import counted, print_table
 
 if TYPE_CHECKING:
     from shiftproof.benchmark.registry.lookup import Registry
@@ -26,7 +26,8 @@ def print_plan(plan: Plan, states: Sequence[str], rerun: bool) -> None:
         rows.append([request.label, request.stream, request.fold, str(request.seed), shown])
     rows += [[skipped.strategy, skipped.stream, "-", "-", f"skipped: {skipped.reason}"] for skipped in plan.skipped]
     print_table(["strategy", "stream", "fold", "seed", "state"], rows)
-    typer.echo(f"{len(plan.cells)} cells, {list(states).count('finished')} finished, {len(plan.skipped)} pairs skipped")
+    finished = f"{list(states).count('finished')} finished"
+    typer.echo(f"{counted(len(plan.cells), 'cell')}, {finished}, {counted(len(plan.skipped), 'pair')} skipped")
 
 
 @contextmanager
@@ -68,7 +69,8 @@ def report(plan: Plan, registry: Registry, options: RunOptions, outcome: Outcome
         print_board(board)
         typer.echo(f"records: {options.out / 'records'}\nboard: {files[0]}")
         typer.echo("".join(f"picture: {file}\n" for file in files[1:]), nl=False)
-    typer.echo(f"{outcome.finished} cells run, {outcome.reused} kept, {len(outcome.failed)} failed, {len(outcome.lost)} lost")
+    kept = f"{outcome.reused} kept, {len(outcome.failed)} failed, {len(outcome.lost)} lost"
+    typer.echo(f"{counted(outcome.finished, 'cell')} run, {kept}")
     _report_failures(outcome)
     if outcome.contract_violated:
         raise typer.Exit(2)

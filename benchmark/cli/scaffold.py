@@ -16,6 +16,9 @@ from shiftproof.benchmark.names import SCOPES
 NAME = re.compile(r"[a-z][a-z0-9]*(-[a-z0-9]+)*")
 """Narrower than what a strategy may be called: a package and a class are named after it."""
 
+LONGEST = 80
+"""Characters of a name: folders and files are named after it, which may have 255."""
+
 
 def write_package(name: str, into: Path) -> Path:
     """Write the package `shiftproof-NAME` into a folder, all of it or nothing.
@@ -30,13 +33,17 @@ def write_package(name: str, into: Path) -> Path:
     Raises:
         InputError: If the name cannot be one, the package's folder exists, or it cannot be written.
     """
-    if not NAME.fullmatch(name) or name in SCOPES:
+    if name in SCOPES:
+        raise InputError(f"expected a name that is no scope of --set, got {name!r}; choose another")
+    if len(name) > LONGEST:
+        raise InputError(f"expected a name of at most {LONGEST} characters, got {len(name)}; choose a shorter one")
+    if not NAME.fullmatch(name):
         raise InputError(f"expected a name in lower-case words joined by '-', such as my-method, got {name!r}")
     target = into / f"shiftproof-{name}"
-    if target.exists():
-        raise InputError(f"expected a new folder, got {target}, which exists; choose another name or remove it")
     temporary = None
     try:
+        if target.exists():
+            raise InputError(f"expected a new folder, got {target}, which exists; choose another name or remove it")
         into.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(dir=into, prefix=".new-strategy-"))
         for path, text in package_files(name).items():

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from shiftproof.benchmark.cli.console import catalogue, print_table
-from shiftproof.benchmark.cli.run import PluginFiles, registry_for
+from shiftproof.benchmark.cli.run import PluginFiles, registry_for, with_trainer
 from shiftproof.benchmark.errors import InputError
 
 data_app = typer.Typer(help="Say which files a stream needs; check and prepare them.", rich_markup_mode=None)
@@ -36,7 +36,8 @@ def check(
     plugin: PluginFiles = [],  # noqa: B006
 ) -> None:
     """Run the conformance kit on a strategy; exit with 1 if it does not pass."""
-    registry = registry_for(catalogue(), {"strategy": [name.partition("@")[0]]}, plugin)
+    known = catalogue()
+    registry = registry_for(known, {"strategy": with_trainer([name], known)}, plugin)
 
     from shiftproof.benchmark.conformance import check_strategy
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from shiftproof.benchmark.cli.console import heavy_imports, print_table
+from shiftproof.benchmark.cli.console import distinct, heavy_imports, print_table
 from shiftproof.benchmark.cli.method import strategy_named
 from shiftproof.benchmark.cli.run import PluginFiles
 from shiftproof.benchmark.errors import InputError
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     """Both releases, in the tensors that are aligned."""
 
 PROVENANCE = "shiftproof.transport"  # key of the metadata
+DIAGNOSTICS = ("alignment.json", "alignment.png")  # in the folder of that name
 
 
 def transport(
@@ -38,7 +39,9 @@ def transport(
     target_base: Annotated[Path, typer.Option(help="The new release.")],
     out: Annotated[Path, typer.Option(help="transported.safetensors, or for a sharded target a folder.")],
     alpha: Annotated[float | None, typer.Option(help="Scale of the task vector; the method's if not given.")] = None,
-    overrides: Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="Set a knob; may be repeated.")] = [],  # noqa: B006
+    overrides: Annotated[
+        list[str], typer.Option("--set", metavar="KEY=VALUE", help="Set a knob; may be repeated.", callback=distinct)
+    ] = [],  # noqa: B006
     heads: Annotated[int, typer.Option(help="Attention heads, which a checkpoint does not tell.")] = 0,
     specification: Annotated[Path | None, typer.Option(help="Permutations of an unknown architecture, as JSON.")] = None,
     save_alignment: Annotated[Path | None, typer.Option(help="Write the alignment, for other fine-tunings.")] = None,
@@ -55,7 +58,7 @@ def transport(
 ) -> None:
     """Carry a fine-tuning over to a new release of its backbone, without data and without training."""
     from shiftproof.benchmark.merging.hashing import Hashing
-    from shiftproof.benchmark.merging.inputs import check_output, locate
+    from shiftproof.benchmark.merging.inputs import check_apart, check_file, check_folder, check_output, locate, targets
 
     if alignment and save_alignment:
         raise InputError(
@@ -64,7 +67,17 @@ def transport(
     located = [locate(path) for path in (target_base, source_base, source_tuned)]
     check_output(out, located, force or dry_run)
     if save_alignment is not None:
-        _check_new(save_alignment, force)
+        check_file("--save-alignment", save_alignment, force)
+    if diagnostics is not None:
+        check_folder("--diagnostics", diagnostics)
+    written = {
+        "--out": targets(out, located[0]),
+        "--save-alignment": [save_alignment] if save_alignment else [],
+        "--diagnostics": [diagnostics / name for name in DIAGNOSTICS] if diagnostics else [],
+    }
+    models = zip(("--target-base", "--source-base", "--source-tuned"), located, strict=True)
+    others = (("--alignment", alignment), ("--specification", specification))
+    check_apart(written, {**{one: item.every_file for one, item in models}, **{one: [file] for one, file in others if file}})
     wanted = [*overrides, *([f"alpha={alpha}"] if alpha is not None else [])]
 
     files = [file for item in located for file in item.files]
@@ -138,17 +151,16 @@ def _aligned(
             known, asked = told.get("config") or {}, facts["config"]
             knobs = [f"{name}={known.get(name)}" for name in asked if known.get(name) != asked[name]]
             made = " with ".join([str(told.get("method")), *([", ".join(knobs)] if knobs else [])])
-            raise InputError(f"{path.name}: expected an alignment by the method and knobs given, got one by {made}")
+            raise InputError(f"{path}: expected an alignment by the method and knobs given, got one by {made}")
         return aligned, {**facts, **identity}
     started = time.perf_counter()
     with _sweeps(quiet, len(specification.sizes)) as progress:
         aligned = built.align(source, target, specification, progress)
     search = aligned.search
     parts = ", ".join(f"{what} {seconds:.1f} s" for what, seconds in search.seconds.items())
+    sweeps = f"{search.sweeps} sweep{'s' * (search.sweeps != 1)}"
     ended = "converged" if search.converged else "stopped"
-    took = (
-        f"aligned in {time.perf_counter() - started:.1f} s: {ended} after {search.sweeps} sweeps, {search.visits} assignments"
-    )
+    took = f"aligned in {time.perf_counter() - started:.1f} s: {ended} after {sweeps}, {search.visits} assignments"
     typer.echo(took + (f" ({parts})" if parts else ""))
     return aligned, {**facts, **identity}
 
@@ -212,13 +224,6 @@ MEANING = {
     "left": "the new release's; no parameter (running statistics, counters)",
     "carried over": "the fine-tuned model's own, permuted",
 }
-
-
-def _check_new(path: Path, force: bool) -> None:
-    if path.exists() and not force:
-        raise InputError(f"expected a new file for --save-alignment, got {path}, which exists; give --force to replace it")
-    if not path.parent.is_dir():
-        raise InputError(f"expected --save-alignment in a folder that exists, got {path}; make {path.parent} first")
 
 
 @contextmanager

@@ -134,15 +134,15 @@ def read_facts(path: Path) -> Facts:
     except OSError as error:
         raise InputError(f"expected to read {path}, got: {error.strerror}") from error
     if METADATA not in metadata:
-        raise InputError(f"{path.name}: expected a file that `shiftproof experts export` wrote, got one without its metadata")
+        raise InputError(f"{path}: expected a file that `shiftproof experts export` wrote, got one without its metadata")
     try:
         told = json.loads(metadata[METADATA])
         kinds = {name: type(value) for name, value in asdict(Facts("", "", "", "", 0, [])).items()}
         complete = {name: type(value) for name, value in told.items()} == kinds
-    except (ValueError, AttributeError):
+    except (ValueError, AttributeError, RecursionError):  # the last for brackets within brackets
         complete = False
     if not complete:
-        raise InputError(f"{path.name}: expected the metadata of this version's `experts export`, got others; export again")
+        raise InputError(f"{path}: expected the metadata of this version's `experts export`, got others; export again")
     return Facts(**told)
 
 
@@ -173,6 +173,8 @@ def check_out(out: Path, force: bool) -> None:
         raise InputError(f"expected --out as a folder, got {out}, which is a file; choose another name")
     if out.exists() and not force:
         raise InputError(f"expected a new folder for --out, got {out}, which exists; give --force to replace an export in it")
+    if out.exists() and any(out.iterdir()) and not _earlier(out):
+        raise InputError(f"expected a new folder or an earlier export for --out, got {out}, which is none; choose another name")
 
 
 @contextmanager

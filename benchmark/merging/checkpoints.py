@@ -158,10 +158,14 @@ def check_alike(base: Checkpoint, experts: Sequence[Checkpoint]) -> None:
     """Refuse experts that are no fine-tuned copies of the base.
 
     Raises:
-        InputError: For fewer than two of them, other names, shapes or dtypes, or an expert that is the base.
+        InputError: For fewer than two of them, one file given twice, other names, shapes or dtypes, an expert that is the
+            base, or no floating-point numbers at all.
     """
     if len(experts) < 2:
         raise InputError(f"expected two experts or more, got {len(experts)}; give --expert once for each")
+    if not any(base.dtype(name).is_floating_point and count(base.shape(name)) for name in base.names()):
+        raise InputError(f"{base.label}: expected floating-point tensors, got none; counters and empty tensors are not merged")
+    _check_twice(experts)
     for expert in experts:
         _check_names(base, expert)
         for what in ("shape", "dtype"):
@@ -175,6 +179,17 @@ def check_alike(base: Checkpoint, experts: Sequence[Checkpoint]) -> None:
                 f"{expert.label}: expected an expert that differs from {base.label}, got the same weights: "
                 "its delta is zero everywhere; leave it out"
             )
+
+
+def _check_twice(experts: Sequence[Checkpoint]) -> None:
+    """One file given twice is a slip; two files may well hold the same."""
+    known: dict[tuple[Path, ...], str] = {}
+    for expert in experts:
+        files = tuple(file.resolve() for file in expert.located.files)
+        if files in known:
+            again = "twice" if known[files] == expert.label else f"and {known[files]}, which are one file"
+            raise InputError(f"expected every expert once, got {expert.label} {again}; leave one out")
+        known[files] = expert.label
 
 
 def _check_names(base: Checkpoint, expert: Checkpoint) -> None:

@@ -9,10 +9,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from shiftproof.benchmark.errors import InputError
 from shiftproof.benchmark.merging.checkpoints import Checkpoint
 from shiftproof.benchmark.merging.driver import IN_FLIGHT, RUN, Merging, Rule, TensorRow
 from shiftproof.benchmark.merging.inputs import Located
+from shiftproof.benchmark.merging.method import MergeMethod
 from shiftproof.benchmark.merging.sources import count
 from shiftproof.benchmark.merging.writing import Output
 from shiftproof.benchmark.records import canonical
@@ -67,10 +70,15 @@ def check_refusals(merging: Merging) -> None:
     refused: dict[str, Sequence[int]] = {}
     for name in base.names():
         shape = {name: base.shape(name)}
-        if not merging.rule(name)[1] and merging.method.refusal(shape, len(merging.experts)) and merging.changes(name):
+        if not merging.rule(name)[1] and merging.method.refusal(shape, len(merging.experts)) and _is_changed(merging, name):
             refused |= shape
     if refused:
         raise InputError(merging.method.refusal(refused, len(merging.experts)))
+
+
+def _is_changed(merging: Merging, name: str) -> bool:
+    base = merging.base.read(name)
+    return not all(torch.equal(base, expert.read(name)) for expert in merging.experts)
 
 
 def cost_of(merging: Merging, base: Checkpoint) -> Cost:
@@ -91,12 +99,21 @@ def planned(merging: Merging) -> list[TensorRow]:
     return [TensorRow(name, merging.base.shape(name), *merging.rule(name)) for name in merging.base.names()]
 
 
-def summary(rows: Sequence[TensorRow]) -> list[tuple[str, str, int, int]]:
+def reason(method: MergeMethod, row: TensorRow) -> str:
+    """Why a tensor was not merged as the method's matrices are: for what it is, for its name, or for its shape."""
+    if row.why or row.rule != "average" or method.path("", (8, 8)) != "spectral":
+        return row.why
+    return "excluded by name" if method.path("", row.shape) == "spectral" else f"{len(row.shape)}-dimensional"
+
+
+def summary(rows: Sequence[TensorRow], method: MergeMethod) -> list[tuple[str, str, int, int]]:
     """Rule, why, tensors and parameters, the rule with most parameters first."""
-    tensors = Counter((row.rule, row.why) for row in rows)
+    tensors: Counter[tuple[Rule, str]] = Counter()
     parameters: Counter[tuple[Rule, str]] = Counter()
     for row in rows:
-        parameters[row.rule, row.why] += count(row.shape)
+        key = row.rule, reason(method, row)
+        tensors[key] += 1
+        parameters[key] += count(row.shape)
     return [(*key, tensors[key], elements) for key, elements in parameters.most_common()]
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ Rule = Literal["spectral", "elementwise", "average", "copied", "unchanged"]
 STATISTICS = ("running_mean", "running_var")  # of normalization layers; a sum of their differences can turn negative
 SAME = "no expert differs from the base"
 RUN = 1 << 20  # elements that `scan` is handed at a time: each call has a cost of its own, such as a histogram
-GLANCE = 1 << 10  # elements
+OVERFLOW = "without overflow"  # how torch tells that a number of Python's does not fit a dtype
 IN_FLIGHT = 128 * 2**20  # bytes for each thread that all of them share, unless one tensor alone takes more
 
 
@@ -192,11 +191,6 @@ class Merging:
             raise InputError(f"expected finite values, got NaN or infinity in {name!r} of {source.label}")
         return tensor
 
-    def changes(self, name: str) -> bool:
-        """Whether any expert differs from the base in a tensor; reads it whole."""
-        base = self.base.read(name)
-        return not all(torch.equal(base, expert.read(name)) for expert in self.experts)
-
     def _merge(self, name: str, facts: Any) -> tuple[Tensor, TensorRow]:
         rule, why = self.rule(name)
         shape = self.base.shape(name)
@@ -213,7 +207,7 @@ class Merging:
         total = count(shape)
         is_new = self._is_new(name)
         row = TensorRow(name, shape, rule, why)
-        if rule != "copied" and not _is_changed(name, total, blocks):
+        if rule != "copied" and not blocks.is_changed(name, total):
             row = TensorRow(name, shape, "unchanged", SAME)
         kept = row.rule in ("copied", "unchanged")
         for start in blocks.starts(total):
@@ -221,9 +215,18 @@ class Merging:
             write(name, start, stored[0] if kept else self._merged(name, *self._run(name, is_new, stored), facts))
         return row
 
+    def _by_method(self, name: str, base: Tensor, experts: Sequence[Tensor], facts: Any) -> Tensor:
+        try:
+            return self.method.merge(name, base, experts, facts)
+        except RuntimeError as error:
+            if OVERFLOW not in str(error):
+                raise
+            what = f"expected a finite merge of {name!r}, got a factor that {base.dtype} cannot hold"
+            raise InputError(f"{what}; take a smaller one") from error
+
     def _merged(self, name: str, base: Tensor, experts: Sequence[Tensor], facts: Any) -> Tensor:
         """Of a tensor or a run of its elements, in the base's dtype and back from the device."""
-        merged = mean(experts) if self.rule(name)[1] else self.method.merge(name, base, experts, facts)
+        merged = mean(experts) if self.rule(name)[1] else self._by_method(name, base, experts, facts)
         if merged.shape != base.shape:
             raise InputError(f"expected {tuple(base.shape)} from the merge of {name!r}, got {tuple(merged.shape)}")
         dtype = self.base.dtype(name)
@@ -254,10 +257,3 @@ def spectral_share(method: MergeMethod, shapes: Mapping[str, tuple[int, ...]]) -
     for name, shape in shapes.items():
         elements[method.path(name, shape)] += count(shape)
     return elements["spectral"] / max(1, elements.total())
-
-
-def _is_changed(name: str, total: int, blocks: Blocks) -> bool:
-    """Whether any expert differs from the base; a glance at the first elements nearly always tells."""
-    runs = itertools.chain([(0, min(total, GLANCE))], ((start, total) for start in blocks.starts(total)))
-    found = (blocks.read(name, start, stop) for start, stop in runs)
-    return any(not all(torch.equal(base, expert) for expert in experts) for base, *experts in found)

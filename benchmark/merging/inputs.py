@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import combinations, product
+from os.path import lexists, realpath
 from pathlib import Path
 
 from shiftproof.benchmark.errors import InputError
@@ -35,6 +38,11 @@ class Located:
         return str(self.path)
 
     @property
+    def every_file(self) -> tuple[Path, ...]:
+        """What is read: the files that hold tensors, and the index."""
+        return (*self.files, *([self.index] if self.index else []))
+
+    @property
     def is_pytorch(self) -> bool:
         """Whether it was written by `torch.save`."""
         return self.files[0].suffix in PYTORCH
@@ -59,7 +67,7 @@ def locate(path: Path) -> Located:
     if path.name.endswith(INDEX):
         return Located(path, shards_of(path), path)
     if path.suffix not in (SAFETENSORS, *PYTORCH):
-        raise InputError(f"expected a checkpoint named like {KNOWN}, got {path.name}")
+        raise InputError(f"expected a checkpoint named like {KNOWN}, got {path}")
     return Located(path, (path,))
 
 
@@ -72,9 +80,9 @@ def shards_of(index: Path) -> tuple[Path, ...]:
     shards = sorted(set(weight_map(index).values()))
     for shard in shards:
         if "/" in shard or "\\" in shard or not shard.endswith(SAFETENSORS):
-            raise InputError(f"{index.name}: expected shards named like part-1{SAFETENSORS} beside it, got {shard!r}")
+            raise InputError(f"{index}: expected shards named like part-1{SAFETENSORS} beside it, got {shard!r}")
         if not (index.parent / shard).is_file():
-            raise InputError(f"{index.name}: expected the shard {shard} beside it, got no such file")
+            raise InputError(f"{index}: expected the shard {shard} beside it, got no such file")
     return tuple(index.parent / shard for shard in shards)
 
 
@@ -86,7 +94,7 @@ def weight_map(index: Path) -> dict[str, str]:
     """
     found = index_content(index).get("weight_map")
     if not isinstance(found, dict) or not found or not all(isinstance(shard, str) for shard in found.values()):
-        raise InputError(f"{index.name}: expected a 'weight_map' from names of tensors to files, got none")
+        raise InputError(f"{index}: expected a 'weight_map' from names of tensors to files, got none")
     return found
 
 
@@ -95,8 +103,8 @@ def index_content(index: Path) -> dict[str, object]:
     try:
         text = index.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{index.name}: expected an index in JSON, got: {error}") from error
-    return parse_json(text, index.name)
+        raise InputError(f"{index}: expected an index in JSON, got: {error}") from error
+    return parse_json(text, str(index))
 
 
 def check_output(out: Path, inputs: Sequence[Located], force: bool) -> None:
@@ -108,22 +116,75 @@ def check_output(out: Path, inputs: Sequence[Located], force: bool) -> None:
     Raises:
         InputError: If the output is an input, exists without `force`, lies in no folder, or its name does not say what it is.
     """
-    if not out.parent.is_dir():
-        raise InputError(f"expected --out in a folder that exists, got {out}; make {out.parent} first")
+    check_parent("--out", out)
     base = inputs[0]
     if out.suffix != SAFETENSORS and (base.index is None or out.suffix in (".json", *PYTORCH)):
         also = ", or a folder for the shards" if base.index else ""
-        raise InputError(f"expected --out named like merged{SAFETENSORS}{also}, got {out.name}")
+        raise InputError(f"expected --out named like merged{SAFETENSORS}{also}, got {str(out)!r}")
     if out.is_dir() == (out.suffix == SAFETENSORS) and out.exists():
         raise InputError(f"expected --out as a {'file' if out.is_dir() else 'folder'}, got {out}, which is something else")
     written = targets(out, base)
-    sources = {file.resolve() for item in inputs for file in (*item.files, *filter(None, [item.index]))}
+    sources = [file for item in inputs for file in item.every_file]
     for file in written:
-        if file.resolve() in sources or any(file.exists() and file.samefile(source) for source in sources):
+        if any(_same(file, source) for source in sources):
             raise InputError(f"expected --out apart from the inputs, got {file}, which is one of them; rename it")
     existing = [file for file in written if file.exists() or file.is_symlink()]
     if existing and not force:
         raise InputError(f"expected a new file for --out, got {existing[0]}, which exists; give --force to replace it")
+
+
+def check_parent(option: str, path: Path) -> None:
+    """Raises InputError unless the folder that a path names is there."""
+    if not path.parent.exists():
+        raise InputError(f"expected {option} in a folder that exists, got {path}; make {path.parent} first")
+    if not path.parent.is_dir():
+        raise InputError(f"expected {option} in a folder, got {path}, where {path.parent} is a file; choose another")
+
+
+def check_file(option: str, path: Path, force: bool) -> None:
+    """Raises InputError unless a file can be written there: a new one, or with `force` in place of another."""
+    if path.is_dir():
+        raise InputError(f"expected {option} as a file, got {path}, which is a folder; choose another name")
+    if lexists(path) and not force:
+        raise InputError(f"expected a new file for {option}, got {path}, which exists; give --force to replace it")
+    check_parent(option, path)
+
+
+def check_folder(option: str, folder: Path) -> None:
+    """Raises InputError, before there is anything to write, unless the folder can be written or made."""
+    nearest = next(one for one in (folder, *folder.absolute().parents) if lexists(one))
+    if not nearest.is_dir():
+        where = "which is" if nearest == folder else f"where {nearest} is"
+        raise InputError(f"expected {option} as a folder, got {folder}, {where} a file; choose another name")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise InputError(f"expected {option} where files can be written, got {folder}; choose another folder")
+
+
+def check_apart(written: Mapping[str, Sequence[Path]], read: Mapping[str, Sequence[Path]]) -> None:
+    """Refuse a file that is written for two options, or read for one and written for another, and one that is to be a folder.
+
+    Args:
+        written: Option to the files that are written for it.
+        read: Option to the files that are read for it.
+
+    Raises:
+        InputError: Which options, and which file.
+    """
+    pairs = [*combinations(written.items(), 2), *product(written.items(), read.items())]
+    for (one, files), (other, others) in pairs:
+        for file, another in product(files, others):
+            if _same(file, another) or _lies_in(file, another) or _lies_in(another, file):
+                both = f"{file} for the one and {another} for the other" if file != another else f"{file} for both"
+                raise InputError(f"expected {one} and {other} apart, got {both}; rename one of them")
+
+
+def _same(one: Path, other: Path) -> bool:
+    """Whether two paths name one file, through links of either kind. A link to itself, which `resolve` fails at, is a name."""
+    return realpath(one) == realpath(other) or (one.exists() and other.exists() and one.samefile(other))
+
+
+def _lies_in(one: Path, other: Path) -> bool:
+    return Path(realpath(other)) in Path(realpath(one)).parents
 
 
 def targets(out: Path, base: Located) -> list[Path]:

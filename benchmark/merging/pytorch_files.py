@@ -68,11 +68,11 @@ def _load(path: Path, device: str) -> Any:
     except pickle.UnpicklingError as error:
         called = re.search(r"(?:GLOBAL|global:?|class:?) (\w+(?:\.\w+)+)", str(error))
         what = f"a pickle that would run {called[1]}" if called else "a pickle that is damaged or would run code"
-        raise InputError(f"{path.name}: expected tensors alone, got {what}; save its state_dict() instead") from None
+        raise InputError(f"{path}: expected tensors alone, got {what}; save its state_dict() instead") from None
     except (RuntimeError, EOFError, ValueError, LookupError, AttributeError, TypeError, OSError) as error:
         # TorchScript is told apart by its message alone; what damaged bytes lead to is of no use to anybody.
         what = "a TorchScript archive" if "TorchScript" in str(error) else "one that is cut short or damaged"
-        raise InputError(f"{path.name}: expected a file written by torch.save(model.state_dict()), got {what}") from None
+        raise InputError(f"{path}: expected a file written by torch.save(model.state_dict()), got {what}") from None
 
 
 def _state_of(loaded: Any, path: Path) -> tuple[dict[str, Tensor], str, dict[str, str]]:
@@ -84,11 +84,11 @@ def _state_of(loaded: Any, path: Path) -> tuple[dict[str, Tensor], str, dict[str
         loaded = loaded[wrapper]
         wrappers.append(wrapper)
     if not isinstance(loaded, Mapping):
-        raise InputError(f"{path.name}: expected a state dict, got {type(loaded).__name__}; save model.state_dict()")
+        raise InputError(f"{path}: expected a state dict, got {type(loaded).__name__}; save model.state_dict()")
     tensors = {str(name): value.detach() for name, value in loaded.items() if _is_dense(value)}
     if not tensors:
         held = ", ".join(map(str, list(loaded)[:3])) or "nothing"
-        raise InputError(f"{path.name}: expected a state dict of tensors, or one under {' or '.join(WRAPPERS)}, got {held}")
+        raise InputError(f"{path}: expected a state dict of tensors, or one under {' or '.join(WRAPPERS)}, got {held}")
     return (
         tensors,
         ".".join(wrappers),

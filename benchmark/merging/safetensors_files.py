@@ -83,7 +83,7 @@ def read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
             raise _damaged(path, f"a header of {length} bytes in a file of {size}")
         try:
             header = json.loads(file.read(length))
-        except ValueError:
+        except (ValueError, RecursionError):  # the latter for brackets within brackets
             raise _damaged(path, "a header that is no JSON") from None
     if not isinstance(header, dict):
         raise _damaged(path, "a header that is no JSON object")
@@ -103,7 +103,7 @@ def _entries(path: Path, header: Mapping[str, Any], start: int, size: int) -> di
         raise _damaged(path, "a header without dtype, shape and offsets of every tensor") from None
     for name, dtype, shape, first, last in facts:
         if dtype not in DTYPES:
-            raise InputError(f"{path.name}: expected a dtype out of {', '.join(DTYPES)} for {name!r}, got {dtype!r}")
+            raise InputError(f"{path}: expected a dtype out of {', '.join(DTYPES)} for {name!r}, got {dtype!r}")
         if not all(isinstance(number, int) and number >= 0 for number in (*shape, first, last)):
             raise _damaged(path, f"{name!r} with shape {shape} at {first} to {last}")
         found[name] = Entry(DTYPES[dtype], shape, start + first)
@@ -121,7 +121,7 @@ def _facts(name: str, dtype: str, shape: list[int], data_offsets: list[int]) -> 
 
 
 def _damaged(path: Path, what: str) -> InputError:
-    return InputError(f"{path.name}: expected a complete safetensors file, got {what}; copy or download it again")
+    return InputError(f"{path}: expected a complete safetensors file, got {what}; copy or download it again")
 
 
 def header_bytes(entries: Sequence[Fact], metadata: Mapping[str, str]) -> tuple[bytes, list[int]]:

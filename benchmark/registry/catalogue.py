@@ -179,8 +179,8 @@ def _read(path: Path) -> Rows:
     try:
         content = json.loads(path.read_text())
         return dict(content["plugins"]) if content["format"] == FORMAT else {}
-    except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError):
-        return {}  # absent or damaged: everything is harvested again
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}  # absent or damaged: everything is harvested again, and who cannot write what comes of it is told
 
 
 def _stale(entries: Sequence[Entry], rows: Rows) -> list[Entry]:

@@ -74,7 +74,8 @@ def load_file(path: Path) -> Loaded:
         PluginError: If it fails in any way.
     """
     if not path.is_file():
-        raise InputError(f"expected a Python file as plugin, got {path}, which is not there")
+        reason = "is a folder" if path.is_dir() else "is not there"
+        raise InputError(f"expected a Python file as plugin, got {path}, which {reason}; name a file like my_method.py")
     if not path.stem.isidentifier() or path.suffix != ".py":
         raise InputError(f"expected a plugin file named like my_method.py, got {path.name}; rename it")
     name = f"shiftproof_loose_{path.stem}"

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from shiftproof.benchmark.contracts import BackboneSpec, ExecutorSpec, MetricSpec, StrategySpec, StreamSpec, SuiteSpec
+from shiftproof.benchmark.errors import InputError
 from shiftproof.benchmark.names import KINDS, conflict, problems_hint, unknown
 from shiftproof.benchmark.records import RunRecord, RunRequest
 from shiftproof.benchmark.registry.discovery import installed_entries
@@ -182,6 +183,8 @@ def load_registry(only: Collection[str] | None = None, files: Sequence[Path] = (
         InputError: If two plugins contribute one name, a name in `only` or `SHIFTPROOF_PLUGINS` is not installed, or a loose
             file cannot be used: who names a file wants it.
     """
+    if len({path.resolve() for path in files}) < len(files):
+        raise InputError(f"expected every plugin file once, got one that is given twice: {', '.join(map(str, files))}")
     registry = Registry(only, files)
     for entry in installed_entries(only):
         try:

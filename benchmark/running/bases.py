@@ -90,9 +90,15 @@ def check_base_file(registry: Registry, stream: Stream) -> None:
     """A file that is not there or does not fit is wrong input, once, and not the failure of every cell.
 
     Raises:
-        InputError: If the stream's base comes from such a file.
+        InputError: If the stream's base comes from such a file, or names one that it would not read.
     """
     if stream.base.kind != "file":
+        if stream.base.file:
+            kind, file = stream.base.kind, stream.base.file
+            raise InputError(
+                f"{stream.name}: expected no base.file where base.kind is {kind}, got {file!r}; "
+                "add --set base.kind=file to take the weights from it"
+            )
         return
     if not Path(stream.base.file).is_file():
         raise InputError(

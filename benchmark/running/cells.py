@@ -63,6 +63,14 @@ def experts_of(registry: Registry, spec: StrategySpec[Any], stream: Stream) -> d
     return {"strategy": trainer.name, "code_sha256": _code_sha256(trainer)}
 
 
+def obstacle(registry: Registry, spec: StrategySpec[Any], stream: Stream) -> str:
+    """Why a strategy cannot learn a stream here, with what is loaded; empty if it can."""
+    reason = lifting.obstacle(spec, stream)
+    if not reason and lifting.is_lifted(spec, stream) and lifting.EXPERT_TRAINER not in registry.strategies:
+        return f"needs the strategy {lifting.EXPERT_TRAINER!r} to fine-tune experts, which is not loaded"
+    return reason
+
+
 def origin_of(request: RunRequest, stream: Stream) -> dict[str, Any]:
     """What a file says of the stream that it was made for: name, version, and what was set, without a path."""
     scopes = {"stream": request.knobs, "recipe": request.recipe, "base": request.base}

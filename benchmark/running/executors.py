@@ -5,9 +5,11 @@ from __future__ import annotations
 import importlib.util
 import multiprocessing
 import os
+import signal
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -84,9 +86,10 @@ class ProcessExecutor:
 
     def _alone(self, job: Job) -> JobResult:
         try:
-            return next(iter(self._pool([job], 1)))
+            (result,) = self._pool([job], 1)
         except BrokenProcessPool:
             return JobResult(job.run_id, "lost")
+        return result
 
     def _pool(self, jobs: Sequence[Job], workers: int) -> Iterator[JobResult]:
         from shiftproof.benchmark.running.jobs import execute, start_worker
@@ -96,6 +99,7 @@ class ProcessExecutor:
         workers = min(workers, len(jobs))  # every worker is spawned at once, wanted or not
         spawn = multiprocessing.get_context("spawn")
         ranks = spawn.Value("i", 0)
+        others = set(multiprocessing.active_children())
         with _one_thread(), ProcessPoolExecutor(workers, spawn, start_worker, (ranks,)) as pool:
             pending: dict[Future[JobResult], Job] = {}
             queue = iter(jobs)
@@ -103,15 +107,29 @@ class ProcessExecutor:
                 while True:
                     # No more than the workers can take, so that a broken pool says which cells were under way.
                     while len(pending) < workers and (job := next(queue, None)) is not None:
-                        pending[pool.submit(execute, job)] = job
+                        with _no_interrupts():
+                            pending[pool.submit(execute, job)] = job
                     if not pending:
                         return
                     for future in wait(pending, return_when=FIRST_COMPLETED).done:
                         del pending[future]
                         yield future.result()
-            except BaseException:
+            except BaseException as error:
+                if not isinstance(error, Exception):  # told to stop: nobody waits for the cells that are under way
+                    for worker in set(multiprocessing.active_children()) - others:
+                        worker.terminate()
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
+
+
+@contextmanager
+def _no_interrupts() -> Iterator[None]:
+    """What is spawned within never hears of Ctrl-C, not even while it imports: whoever spawned it ends it."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 class _one_thread:

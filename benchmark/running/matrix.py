@@ -5,17 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
 
-from shiftproof.benchmark import config, lifting
+from shiftproof.benchmark import config
 from shiftproof.benchmark.context import CHECKPOINT_SECONDS
-from shiftproof.benchmark.contracts import StrategySpec, SuiteSpec
+from shiftproof.benchmark.contracts import SuiteSpec
 from shiftproof.benchmark.errors import InputError
 from shiftproof.benchmark.recipes import BaseRecipe, Recipe
 from shiftproof.benchmark.records import RecordStore, RunRecord, RunRequest
 from shiftproof.benchmark.registry.lookup import Registry
 from shiftproof.benchmark.running.bases import check_base_file
-from shiftproof.benchmark.running.cells import Cell, build_stream, make_cell
+from shiftproof.benchmark.running.cells import Cell, build_stream, make_cell, obstacle
 from shiftproof.benchmark.running.executors import JobResult
 from shiftproof.benchmark.running.jobs import Job
 from shiftproof.benchmark.streams import Stream
@@ -115,19 +114,13 @@ def plan(
             common = replace(common, custom=_facts(stream) != _facts(usual))
         for label in suite.strategies:
             spec, preset, _ = registry.strategy(label)
-            reason = lifting.obstacle(spec, stream) or _untrained(registry, spec, stream)
+            reason = obstacle(registry, spec, stream)
             if reason:
                 skipped.append(Skipped(label, name, reason))
                 continue
             for request in _requests(common, stream, spec.name, preset, given[label], suite.seeds):
                 cells.append(make_cell(registry, request, stream, device))
     return Plan(suite, tuple(cells), tuple(skipped))
-
-
-def _untrained(registry: Registry, spec: StrategySpec[Any], stream: Stream) -> str:
-    if lifting.is_lifted(spec, stream) and lifting.EXPERT_TRAINER not in registry.strategies:
-        return f"needs the strategy {lifting.EXPERT_TRAINER!r} to fine-tune experts, which is not loaded"
-    return ""
 
 
 def states(plan: Plan, out: Path) -> list[str]:

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from shiftproof.benchmark.errors import InputError
+from shiftproof.benchmark.errors import InputError, Terminated
 from shiftproof.benchmark.running.executors import THREADS, JobResult, told
 
 if TYPE_CHECKING:
@@ -70,8 +70,8 @@ class SlurmExecutor:
     def run(self, jobs: Sequence[Job], workers: int) -> Iterator[JobResult]:
         """Submit what is not in the queue yet, at most `workers` at a time, and wait for all of it.
 
-        If this process dies, the tasks go on, and who calls again waits for those. An interrupt from the keyboard and any
-        error cancel them.
+        If this process is ended or dies, the tasks go on, and who calls again waits for those. An interrupt from the keyboard
+        and any error cancel them.
 
         Raises:
             InputError: If SLURM is not there or refuses, or a cell is told that its input is wrong.
@@ -94,6 +94,8 @@ class SlurmExecutor:
                 for run_id in [run_id for run_id, task in under_way.items() if task.done()]:
                     yield _result(run_id, under_way.pop(run_id))
                 time.sleep(POLL_SECONDS if under_way else 0)
+        except Terminated:
+            raise  # with the login session: the tasks outlive it
         except BaseException:
             for task in under_way.values():
                 task.cancel(check=False)

@@ -15,6 +15,7 @@ from shiftproof.benchmark.errors import InputError
 from shiftproof.benchmark.experiences import StateDict
 from shiftproof.benchmark.merging.checkpoints import Checkpoint
 from shiftproof.benchmark.merging.safetensors_files import Entry
+from shiftproof.benchmark.merging.sources import is_finite
 from shiftproof.benchmark.merging.writing import Output
 from shiftproof.benchmark.transporting.alignment import STATISTICS, Alignment, added, task_vector
 from shiftproof.benchmark.transporting.specification import PermutationSpec, Shapes
@@ -103,6 +104,9 @@ def write(
 
     Returns:
         What became of each tensor.
+
+    Raises:
+        InputError: If a tensor does not stay finite.
     """
     fates: dict[str, Fate] = {}
     for name in [*found.shared, *found.own]:
@@ -124,7 +128,12 @@ def _carried(found: Releases, alignment: Alignment, alpha: float, name: str) -> 
     if _equal(source, tuned):
         return "unchanged", target
     vector = found.specification.apply(task_vector({name: source}, {name: tuned}), alignment.permutations)
-    return "transported", added({name: target}, vector, alpha)[name]
+    moved = added({name: target}, vector, alpha)[name]
+    if not is_finite(moved):
+        raise InputError(
+            f"expected finite numbers for {name!r}, got NaN or infinity with --alpha {alpha:g}; take a smaller --alpha"
+        )
+    return "transported", moved
 
 
 def _check_architecture(found: Releases, before: Shapes, after: Shapes) -> None:

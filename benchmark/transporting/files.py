@@ -58,11 +58,11 @@ def load_alignment(path: Path, specification: PermutationSpec, identity: Mapping
         raise InputError(f"expected an alignment in {path}, got: {error}; --save-alignment writes one") from error
     if KEY not in metadata:
         raise InputError(f"expected an alignment in {path}, got a file without one; --save-alignment writes one")
-    facts = parse_json(metadata[KEY], path.name)
+    facts = parse_json(metadata[KEY], str(path))
     for role, sha256 in identity.items():
         if facts.get(role) != sha256:
             words = role.replace("_", " ")
-            raise InputError(f"{path.name}: expected an alignment made for this {words}, got one made for another; align again")
+            raise InputError(f"{path}: expected an alignment made for this {words}, got one made for another; align again")
     _check(path, specification, permutations)
     search = facts.get("search") or {}
     return Alignment(
@@ -73,11 +73,11 @@ def load_alignment(path: Path, specification: PermutationSpec, identity: Mapping
 def _check(path: Path, specification: PermutationSpec, permutations: StateDict) -> None:
     if permutations.keys() != specification.sizes.keys():
         odd = sorted(permutations.keys() ^ specification.sizes.keys())
-        raise InputError(f"{path.name}: expected the permutations of this architecture, got others: {', '.join(odd[:3])}")
+        raise InputError(f"{path}: expected the permutations of this architecture, got others: {', '.join(odd[:3])}")
     for name, units in permutations.items():
         size = specification.sizes[name]
         if units.dtype != torch.int64 or not units.sort().values.equal(torch.arange(size)):
-            raise InputError(f"{path.name}: expected {name!r} as a permutation of {size} units, got something else")
+            raise InputError(f"{path}: expected {name!r} as a permutation of {size} units, got something else")
 
 
 def sha256_of_permutations(alignment: Alignment) -> str:

@@ -84,8 +84,10 @@ def test_a_knob_is_read_from_text(key: str, text: str, value: Any) -> None:
     [
         ("gamma", "much", "gamma: expected float >= 0, got 'much'"),
         ("gamma", "-1", "gamma: expected float >= 0, got '-1'"),
-        ("gamma", "nan", "gamma: expected float >= 0, got 'nan'"),
-        ("gamma", "inf", "gamma: expected float >= 0, got 'inf'"),
+        ("gamma", "nan", "gamma: expected finite float >= 0, got 'nan'"),
+        ("gamma", "inf", "gamma: expected finite float >= 0, got 'inf'"),
+        ("gamma", "1e999", "gamma: expected finite float >= 0, got '1e999'"),
+        ("kind", "inf", "kind: expected kmeans | none, got 'inf'"),
         ("bins", "0", "bins: expected int >= 1, got '0'"),
         ("bins", "2.5", "bins: expected int >= 1, got '2.5'"),
         ("bins", "", "bins: expected int >= 1, got ''"),

@@ -25,9 +25,11 @@ from shiftproof.benchmark.records import (
     check_version,
     parse_json,
     read_records,
+    records_folder,
     remove_leftovers,
     sha256,
     write_atomically,
+    write_together,
 )
 
 MakeRecord = Callable[..., RunRecord]
@@ -75,8 +77,9 @@ def block(text: str) -> str:
         (lambda text: text.replace('"label"', '"lable"'), "missing or unknown: label, lable"),
         (lambda text: text.replace('"schema_version": "1.', '"schema_version": "2.'), "got 2.0.0; update shiftproof"),
         (block, "expected the block 'provenance' as an object, got NoneType"),
+        (lambda text: "[" * 100_000, "expected a JSON file, got one that is nested too deeply to be read"),
     ],
-    ids=["truncated", "empty", "list", "nan", "kind", "field", "newer", "block"],
+    ids=["truncated", "empty", "list", "nan", "kind", "field", "newer", "block", "nested"],
 )
 def test_a_damaged_record_is_one_line_that_names_the_file(
     make_record: MakeRecord, tmp_path: Path, damage: Callable[[str], str], said: str
@@ -88,7 +91,7 @@ def test_a_damaged_record_is_one_line_that_names_the_file(
     with pytest.raises(InputError) as caught:
         store.read(record.run_id)
     assert said in str(caught.value)
-    assert str(caught.value).startswith(path.name)
+    assert str(caught.value).startswith(f"{path}: ")
     assert "\n" not in str(caught.value)
 
 
@@ -155,6 +158,32 @@ def test_a_disk_that_fails_anywhere_leaves_the_old_file_and_nothing_else(
             write_atomically(path, "new")
     assert [file.name for file in tmp_path.iterdir()] == ["record.json"]
     assert path.read_text() == "old"
+
+
+def test_of_files_that_belong_together_none_is_written_if_one_cannot_be(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[int] = []
+
+    def full(handle: int) -> None:
+        calls.append(handle)
+        if len(calls) == 2:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(OutputError, match=r"expected to write b into .*, got: No space left"):
+            write_together({tmp_path / "a": "one", tmp_path / "b": b"two"})
+    assert list(tmp_path.iterdir()) == []
+    write_together({tmp_path / "a": "one", tmp_path / "b": b"two"})
+    assert [(tmp_path / name).read_text() for name in "ab"] == ["one", "two"]
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_the_records_of_an_output_folder_lie_in_its_folder_records(tmp_path: Path) -> None:
+    assert records_folder(tmp_path) == tmp_path
+    (tmp_path / "records").mkdir()
+    assert records_folder(tmp_path) == tmp_path / "records"
 
 
 def test_an_interrupt_in_the_middle_leaves_nothing_behind_and_stays_an_interrupt(

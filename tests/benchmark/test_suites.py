@@ -10,7 +10,7 @@ from hypothesis import given, settings, strategies as st
 
 from shiftproof.benchmark.contracts import SuiteSpec
 from shiftproof.benchmark.errors import InputError
-from shiftproof.benchmark.suites import check_seeds, read_suite, suite_toml
+from shiftproof.benchmark.suites import LARGEST_SEED, check_seeds, read_suite, suite_toml
 
 LEAST = 'streams = ["b-digits"]\nstrategies = ["sgd"]\n'
 
@@ -36,7 +36,7 @@ texts = st.text(st.characters(exclude_categories=["Cs"]), min_size=1)
         description=texts | st.just(""),
         streams=st.lists(texts, min_size=1).map(tuple),
         strategies=st.lists(texts, min_size=1).map(tuple),
-        seeds=st.lists(st.integers(0, 2**40), min_size=1, unique=True).map(tuple),
+        seeds=st.lists(st.integers(0, LARGEST_SEED), min_size=1, unique=True).map(tuple),
         overrides=st.lists(texts).map(tuple),
         recipe=texts | st.just(""),
     )
@@ -59,6 +59,9 @@ def test_what_is_printed_reads_back_to_the_same_suite(tmp_path_factory: pytest.T
         (LEAST + "name = 1", "expected name as a string, got 1"),
         (LEAST + 'name = "../up"', "lower-case words joined by '-', got '../up'"),
         (LEAST + "seeds = 3", "expected seeds as integers of 0 or more, each once, got 3"),
+        (LEAST + "seeds = [4294967296]", "expected seeds of at most 4294967295, got 4294967296"),
+        (LEAST + f"seeds = [{'9' * 5000}]", "my-suite.toml: expected TOML, got: "),
+        ("streams = " + "[" * 5000, "my-suite.toml: expected TOML, got brackets within brackets too deep"),
         (LEAST + "overrides = [1]", "expected overrides as a list of strings, got [1]"),
     ],
 )

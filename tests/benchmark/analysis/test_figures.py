@@ -10,7 +10,9 @@ import pytest
 import torch
 from hypothesis import given, strategies as st
 from matplotlib import image, rc_context
+from matplotlib.figure import Figure
 
+from shiftproof.benchmark.analysis import figures
 from shiftproof.benchmark.analysis.barrier import Barrier
 from shiftproof.benchmark.analysis.canvas import short
 from shiftproof.benchmark.analysis.deltas import Deltas
@@ -80,6 +82,17 @@ def test_what_is_not_finite_is_drawn_as_nothing(tmp_path: Path) -> None:
         assert image.imread(file).size > 0
 
 
+def test_both_panels_of_an_overlap_say_what_their_axes_are(
+    deltas: Deltas, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[Figure] = []
+    monkeypatch.setattr(figures, "save", lambda figure, path: drawn.append(figure))
+    draw_overlap(overlap(deltas), tmp_path)
+    left, right = drawn[0].axes[:2]
+    assert (left.get_ylabel(), left.get_xlabel()) == ("projected", "defines the subspace")
+    assert (right.get_ylabel(), right.get_xlabel()) == ("expert", "expert")
+
+
 @given(side=st.integers(1, 40), bins=st.integers(1, 50))
 def test_bins_keep_every_peak_in_its_place(side: int, bins: int) -> None:
     values = np.random.Generator(np.random.PCG64(side)).random((side, side))
@@ -97,7 +110,16 @@ def test_of_many_layers_the_most_the_middling_and_the_least_diagonal_are_drawn()
     assert chosen_layers(layers[:6]) == layers[:6]
 
 
-def test_a_long_name_loses_its_beginning() -> None:
+def test_a_long_name_loses_its_first_parts_but_for_numbers() -> None:
     assert short("a" * 34) == "a" * 34
     assert short("x" * 60, 10) == "..." + "x" * 10
-    assert short("visual.transformer.resblocks.11.mlp.c_proj.weight", 30) == "...11.mlp.c_proj.weight"
+    assert short("visual.transformer.resblocks.11.mlp.c_proj.weight", 30) == "...resblocks.11.mlp.c_proj.weight"
+    assert short("visual.transformer.resblocks.11.mlp.c_proj.weight", 24) == "...11.mlp.c_proj.weight"
+    assert short("visual.transformer.resblocks.11.mlp.c_proj.weight", 18) == "...11...c_proj.weight"
+
+
+def test_labels_of_layers_of_a_vision_transformer_differ() -> None:
+    names = [f"encoder.layers.encoder_layer_{place}.self_attention.out_proj" for place in range(12)]
+    labels = [short(name) for name in names]
+    assert len(set(labels)) == 12
+    assert labels[11] == "...encoder_layer_11...out_proj"

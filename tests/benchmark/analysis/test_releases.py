@@ -78,9 +78,11 @@ def test_the_scale_of_one_gives_the_boards_numbers(tmp_path: Path) -> None:
 
 def test_streams_without_a_release_and_methods_that_do_not_align_are_refused() -> None:
     for arguments, said in (
-        (["rebasin", "--stream", "digits-domains"], "expected a stream with a new release"),
+        (["rebasin", "--stream", "digits-domains"], "to a new release of its base, got digits-domains, which does not; choose"),
+        (["overlap", "--stream", "digits-releases"], "got digits-releases: the stream carries a fine-tuning to a new release"),
         (["alpha", "--stream", "digits-releases", "--strategy", "target-base"], "expected methods that align"),
-        (["alpha", "--stream", "digits-releases", "--strategy", "sgd"], "expected methods that align"),
+        (["alpha", "--stream", "digits-releases", "--strategy", "sgd"], "got 'sgd'; `shiftproof list strategies` tells"),
+        (["alpha", "--stream", "digits-releases", "--step", "0"], "expected --step above 0, got 0"),
         (["rebasin", "--stream", "digits-vit-barrier", "--points", "2"], "--points"),
     ):
         result = CliRunner().invoke(app, ["analyze", *arguments])

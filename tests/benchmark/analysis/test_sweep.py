@@ -24,9 +24,19 @@ def test_the_usual_coefficients_are_0_to_2_by_a_tenth() -> None:
     assert coefficients(-1, 1, 0.75) == (-1.0, -0.25, 0.5)
 
 
-@pytest.mark.parametrize("bounds", [(0, 2, 0), (0, 2, -1), (2, 0, 0.1), (0, 0, 0.1), (0, math.inf, 1), (0, 2, math.nan)])
-def test_bounds_that_make_no_grid_are_refused(bounds: tuple[float, float, float]) -> None:
-    with pytest.raises(InputError, match="expected --low below --high by a --step above 0 or more"):
+@pytest.mark.parametrize(
+    ("bounds", "said"),
+    [
+        ((0, 2, 0), "expected --step above 0, got 0"),
+        ((0, 2, -1), "expected --step above 0, got -1"),
+        ((2, 0, 0.1), r"expected --high of 2\.1 or more, a --step above the lowest, got 0"),
+        ((0, 0, 0.1), r"expected --high of 0\.1 or more, a --step above the lowest, got 0"),
+        ((0, math.inf, 1), "expected finite coefficients, got some from 0 to inf by 1"),
+        ((0, 2, math.nan), "expected finite coefficients, got some from 0 to 2 by nan"),
+    ],
+)
+def test_bounds_that_make_no_grid_are_refused(bounds: tuple[float, float, float], said: str) -> None:
+    with pytest.raises(InputError, match=said):
         coefficients(*bounds)
 
 

@@ -47,20 +47,31 @@ def test_markdown_shows_percent_rank_range_and_flags_in_the_order_of_worst_group
     lines = render(board, "markdown").splitlines()
     start = lines.index("## b-digits 1, recipe standard")
     assert lines[start + 2 : start + 8] == [
-        "| strategy | average ↑ | worst ↑ | forgetting ↓ | rank | flags |",
-        "| --- | ---: | ---: | ---: | ---: | --- |",
-        r"| gd\|ro_& | 94.5 ± 0.0 | 94.0 ± 0.0 | – | – | group labels |",
-        "| lws [g=1] | 86.0 ± 1.0 | 81.0 ± 1.0 | – | 1 (1–1) |  |",
-        "| er | 76.0 ± 1.0 | 61.0 ± 1.0 | – | 2 (2–2) |  |",
-        "| lws [g=2] | 58.5 ± 1.0 | 31.0 ± 1.0 | – | 3 (3–3) |  |",
+        "| strategy | average ↑ | worst ↑ | rank | flags |",
+        "| --- | ---: | ---: | ---: | --- |",
+        r"| gd\|ro_& | 94.5 ± 0.0 | 94.0 ± 0.0 | – | group labels |",
+        "| lws [g=1] | 86.0 ± 1.0 | 81.0 ± 1.0 | 1 (1–1) |  |",
+        "| er | 76.0 ± 1.0 | 61.0 ± 1.0 | 2 (2–2) |  |",
+        "| lws [g=2] | 58.5 ± 1.0 | 31.0 ± 1.0 | 3 (3–3) |  |",
     ]
     assert "All rows together: mixed threads. Failed: nan, seed 1: loss is nan." in lines[-1]
 
 
 def test_one_seed_shows_neither_std_nor_a_rank_range(make_record: MakeRecord) -> None:
     text = render(build_board("one", [make_record("er", counts=two_groups(90, 60), scenario="offline")]), "markdown")
-    assert "| er | 75.0 | 60.0 | – | 1 |  |" in text
+    assert "| er | 75.0 | 60.0 | 1 |  |" in text
     assert text.endswith("Percent, mean over 1 seed.\n")
+
+
+def test_a_column_is_shown_where_a_row_has_a_value_and_in_csv_always(make_record: MakeRecord) -> None:
+    offline = make_record("er", counts=two_groups(90, 60), scenario="offline", stream="a")
+    failed = [make_record("nan", stream=stream, failed=True) for stream in ("c", "sequence")]
+    board = build_board("many", [offline, make_record("er", stream="sequence"), *failed])
+    headers = [line for line in render(board, "markdown").splitlines() if line.startswith("| strategy")]
+    shown = [line[len("| strategy | ") : -len(" | rank | flags |")] for line in headers]
+    assert shown == ["average ↑ | worst ↑", *["average ↑ | worst ↑ | forgetting ↓"] * 2]  # all rows of the second failed
+    assert [len(one.columns) for one in table(board)] == [5, 6, 6]
+    assert "forgetting_mean" in render(board, "csv").splitlines()[0]
 
 
 def test_csv_holds_every_number_as_stored(board: dict[str, Any]) -> None:
@@ -81,11 +92,11 @@ def test_csv_holds_every_number_as_stored(board: dict[str, Any]) -> None:
 
 def test_latex_escapes_what_latex_would_read_as_commands(board: dict[str, Any]) -> None:
     text = render(board, "latex")
-    assert r"gd|ro\_\& & 94.5 $\pm$ 0.0 & 94.0 $\pm$ 0.0 & -- & -- & group labels \\" in text
+    assert r"gd|ro\_\& & 94.5 $\pm$ 0.0 & 94.0 $\pm$ 0.0 & -- & group labels \\" in text
     assert text.count(r"\begin{table}") == text.count(r"\end{table}") == 1
     assert r"95 \% for all rows" in text
     body = text[text.index(r"\toprule") : text.index(r"\bottomrule")]
-    assert {line.count(" & ") for line in body.splitlines() if line.endswith(r"\\")} == {5}
+    assert {line.count(" & ") for line in body.splitlines() if line.endswith(r"\\")} == {4}
 
 
 def test_tables_fit_into_100_columns_with_long_names_and_all_flags(make_record: MakeRecord) -> None:

@@ -254,6 +254,14 @@ def test_a_mixture_between_rows_is_flagged_at_the_section(make_record: MakeRecor
     assert all(row["flags"] == [] for row in rows(board).values())
 
 
+def test_commits_are_compared_within_a_distribution_since_each_has_its_own(make_record: MakeRecord) -> None:
+    builtin, own = make_record("er"), make_record("mine", git_commit=None)
+    own = replace(own, plugin={**own.plugin, "distribution": "my-package"})
+    assert build_board("b", [builtin, own])["sections"][0]["flags"] == []
+    other = make_record("sgd", git_commit="1" * 40)
+    assert build_board("b", [builtin, own, other])["sections"][0]["flags"] == ["mixed commits"]
+
+
 # Rows
 
 
@@ -505,23 +513,27 @@ def test_check_finds_a_row_that_was_added_and_one_that_was_taken_away(records: l
 
 def test_check_finds_a_missing_and_an_additional_record(make_record: MakeRecord, records: list[RunRecord]) -> None:
     board = build_board("b", records)
-    assert check_board(board, records[1:]) == [f"expected record {records[0].run_id}, got none; restore the file"]
-    (problem,) = check_board(board, [*records, make_record("er", 9)])
-    assert "expected every record to be on the board" in problem
+    first, other = records[0].run_id[:12], make_record("er", 9)
+    (problem,) = check_board(board, records[1:])
+    assert problem == f"expected the 9 records of the board, got 8 of them; restore record {first}"
+    (problem,) = check_board(board, [*records, other])
+    advice = f"build the board again or take away record {other.run_id[:12]}"
+    assert problem == f"expected the 9 records of the board, got 9 of them and 1 other; {advice}"
 
 
 def test_check_finds_a_truncated_record_and_one_of_a_newer_schema(records: list[RunRecord]) -> None:
     board, files, victim = build_board("b", records), texts(records), records[0]
-    cut = check_board(board, files | {victim.run_id: files[victim.run_id][:-40]})
-    assert any("expected a complete JSON file" in problem for problem in cut)
-    newer = check_board(board, files | {victim.run_id: replace(victim, schema_version="2.0.0").to_json()})
-    assert any("expected schema 1.0.0, got 2.0.0; update shiftproof" in problem for problem in newer)
+    (cut,) = check_board(board, files | {victim.run_id: files[victim.run_id][:-40]})
+    assert "expected a complete JSON file" in cut
+    (newer,) = check_board(board, files | {victim.run_id: replace(victim, schema_version="2.0.0").to_json()})
+    assert "expected schema 1.0.0, got 2.0.0; update shiftproof" in newer
 
 
 def test_check_finds_a_file_with_another_runs_record(records: list[RunRecord]) -> None:
     files = texts(records)
     files[records[0].run_id] = files[records[1].run_id]
-    assert any("expected a file named by its run id" in problem for problem in check_board(build_board("b", records), files))
+    (problem,) = check_board(build_board("b", records), files)
+    assert "expected a file named by its run id" in problem
 
 
 def test_check_says_what_is_wrong_with_the_shape_of_a_board(records: list[RunRecord]) -> None:
@@ -570,6 +582,7 @@ def test_a_board_is_read_back_as_it_was_built(board_file: Path, records: list[Ru
         (lambda text: text.replace('"schema_version": "1.', '"schema_version": "2.'), "expected schema 1.0.0, got 2.0.0"),
         (lambda text: text.replace('"kind": "board"', '"kind": "bored"'), "expected a board, got kind 'bored'"),
         (lambda text: "[]", "expected a JSON object, got list"),
+        (lambda text: "[" * 100_000, "expected a JSON file, got one that is nested too deeply"),
     ],
 )
 def test_a_damaged_board_is_refused_in_one_line(board_file: Path, damage: Callable[[str], str], message: str) -> None:
@@ -578,6 +591,7 @@ def test_a_damaged_board_is_refused_in_one_line(board_file: Path, damage: Callab
     assert board_file.read_text() != text
     with pytest.raises(InputError, match=message) as caught:
         read_board(board_file)
+    assert str(caught.value).startswith(f"{board_file}: expected ")
     assert "\n" not in str(caught.value)
 
 

@@ -133,6 +133,13 @@ def test_an_epsilon_that_is_no_part_is_one_line(options: list[object]) -> None:
     assert "expected an epsilon above 0 and below 1, got 1.0" in refused("overlap", *options, "--epsilon", 1)
 
 
+@pytest.mark.parametrize("command", ["overlap", "sigma", "sweep", "barrier", "rebasin", "alpha"])
+def test_a_folder_that_is_a_file_is_refused_before_anything_is_looked_for(command: str, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    line = refused(command, "--stream", "nowhere", "--out", tmp_path / "file")
+    assert line == f"error: expected --out as a folder, got {tmp_path / 'file'}, which is a file; choose another name"
+
+
 def test_a_stream_is_analysed_with_the_experts_of_its_cache(stream: list[object], tmp_path: Path) -> None:
     vit = [*stream, "--set", "base.backbone=digits-vit", "--set", "base.kind=random"]
     said = lines("overlap", *vit, "--layers", "blocks.0")
@@ -176,7 +183,7 @@ def test_wrong_input_to_a_stream_is_one_line(stream: list[object]) -> None:
     assert "expected every expert once, got 'base' 2 times" in refused("barrier", *stream, "--experts", "base,base")
     assert "expected the name of an eval set, got 'test'" in refused("barrier", *stream, "--eval", "test")
     assert "expected the name of a fold of tiny, got 'none'" in refused("sweep", *stream, "--fold", "none")
-    assert "expected --low below --high" in refused("sweep", *stream, "--step", "0")
+    assert "expected --step above 0, got 0" in refused("sweep", *stream, "--step", "0")
     assert "expected --points from 3 to 1001, got 2" in refused("barrier", *stream, "--points", "2")
     assert "expected --device as one of auto, cpu, cuda, got 'gpu'" in refused("barrier", "--stream", "tiny", "--device", "gpu")
     assert "expected matrices in the base, got no tensor with two dimensions" in refused("overlap", *stream)

@@ -49,6 +49,7 @@ def test_the_version_is_that_of_the_package() -> None:
         (["--nothing"], "No such option: --nothing"),
         (["list"], "Missing argument 'KIND'; see shiftproof list --help"),
         (["run", "--jobs", "x"], "Invalid value for '--jobs'"),
+        (["run", "--jobs", "abc"], "'abc'"),
         (["leaderboard"], "Missing command"),
     ],
 )
@@ -201,6 +202,45 @@ def test_columns_stay_within_the_terminal_and_lose_no_word() -> None:
 
 def test_columns_are_whole_where_there_is_no_terminal() -> None:
     assert layout(["a"], [["x " * 200]], None).splitlines()[2] == ("x " * 200).strip()
+
+
+MAIN = "from shiftproof.benchmark.cli.main import main; main()"
+
+
+def test_a_disk_that_is_full_is_one_line_and_ends_with_2(toy: Path) -> None:
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-c", MAIN, "list", "metrics"]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.stderr == "error: expected to write, got: No space left on device; free space or write elsewhere\n"
+    assert done.returncode == 2
+
+
+def test_a_reader_who_has_left_is_told_nothing(toy: Path) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run([sys.executable, "-c", MAIN, "list", "metrics"], stdout=writer, stderr=subprocess.PIPE, check=False)
+    os.close(writer)
+    assert (done.stderr, done.returncode) == (b"", 1)
+
+
+def test_letters_that_a_terminal_lacks_are_replaced() -> None:
+    prints = "from shiftproof.benchmark.cli import console, main; main.app = lambda: console.console().print('n' + chr(233))"
+    limits = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONIOENCODING": "ascii"}
+    command = [sys.executable, "-c", f"{prints}; main.main()"]
+    done = subprocess.run(command, env={**os.environ, **limits}, capture_output=True, text=True, check=False)
+    assert (done.stdout, done.stderr, done.returncode) == ("n?\n", "", 0)
+
+
+def test_an_interrupt_while_commands_are_imported_shows_no_traceback(tmp_path: Path) -> None:
+    (tmp_path / "typer.py").write_text("raise KeyboardInterrupt\n")
+    done = subprocess.run(
+        [sys.executable, "-c", MAIN, "list", "metrics"],
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.stderr, done.returncode) == ("stopped\n", 130)
 
 
 HEAVY = ("torch", "avalanche", "sklearn", "scipy", "numpy", "torchvision", "matplotlib", "rich.table")

@@ -65,6 +65,17 @@ def test_a_cache_folder_that_cannot_be_written_is_a_failure(monkeypatch: pytest.
     assert (found.state, "SHIFTPROOF_CACHE" in found.detail) == ("fail", True)
 
 
+def test_the_table_is_printed_where_the_cache_folder_cannot_be_written(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("SHIFTPROOF_CACHE", str(tmp_path / "file"))
+    result = CliRunner().invoke(app, ["doctor"])
+    rows = {line.split("  ")[0]: line.split()[-1:] and line for line in result.stdout.splitlines()}
+    assert result.exit_code == 1
+    assert " fail " in rows["cache folder"]
+    assert " fail " in rows["plugins"]
+    assert " ok " in rows["python"]
+
+
 def test_the_size_of_the_cache_is_that_of_its_files(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("SHIFTPROOF_CACHE", str(tmp_path))
     (tmp_path / "base").mkdir()

@@ -173,7 +173,7 @@ def test_a_dry_run_says_what_is_missing_and_makes_nothing(cache: Path) -> None:
     assert entries(cache) == entries(cache, "base") == set()
     call("experts", "train", *TINY, "--seeds", "1")
     result = call("experts", "train", *TINY, "--seeds", "1,2", "--dry-run")
-    assert result.stdout.splitlines()[-1] == "2 missing, 2 found"
+    assert result.stdout.splitlines()[-1] == "2 missing, 3 found"  # the base is one of them
     assert len(entries(cache)) == 2
 
 
@@ -356,6 +356,20 @@ def test_an_export_replaces_an_earlier_one_if_told_and_leaves_everything_else(od
     assert {file.stem for file in out.iterdir()} == {"base", "p", "q", "r", "mine"}
     assert (out / "mine.safetensors").read_text() == "mine"
     assert {file.name for file in tmp_path.iterdir()} == {"cache", "odd.py", "out"}
+
+
+def test_force_replaces_an_export_and_nothing_else(tmp_path: Path) -> None:
+    out = tmp_path / "models"
+    exported(tmp_path / "first")
+    out.mkdir()
+    assert call("experts", "export", *TINY, "--out", out, "--force").exit_code == 0
+    shutil.rmtree(out)
+    out.mkdir()
+    save_file({"w": torch.ones(2)}, out / "base.safetensors")
+    before = (out / "base.safetensors").read_bytes()
+    line = refused("export", *TINY, "--out", out, "--force")
+    assert f"expected a new folder or an earlier export for --out, got {out}, which is none" in line
+    assert [(file.name, file.read_bytes()) for file in out.iterdir()] == [("base.safetensors", before)]
 
 
 def test_a_folder_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:

@@ -36,6 +36,10 @@ from shiftproof.strategies.merging.strategy import MergeStrategy
 class ScaleConfig:
     scale: Annotated[float, Ge(0)] = 1.0  # of the merged delta
 
+@dataclass(frozen=True)
+class LooksConfig(ScaleConfig):
+    looks: bool = False  # at data
+
 class Mean(MergeStrategy[ScaleConfig]):
     blockwise = True
     def merge(self, name, base, experts, facts):
@@ -81,7 +85,8 @@ class Reference:
         self.base = context.new_model()
 
 def spec(name, build, **facts):
-    return StrategySpec(name, build, ScaleConfig, facts.pop("consumes", ExpertExperience), "Me, 2026", **facts)
+    config, consumes = facts.pop("config", ScaleConfig), facts.pop("consumes", ExpertExperience)
+    return StrategySpec(name, build, config, consumes, "Me, 2026", **facts)
 
 @hookimpl
 def shiftproof_strategies():
@@ -89,7 +94,7 @@ def shiftproof_strategies():
         spec("mean", Mean, presets={"half": ScaleConfig(0.5)}), spec("whole", Whole), spec("few", Few), spec("norm", Norm),
         spec("killed", Killed), spec("refusing", Refusing), spec("stopped", Stopped), spec("reference", Reference),
         spec("fisher-toy", Mean, needs_data=True), spec("absent-merge", Mean, unavailable="needs shiftproof[clip]"),
-        spec("learner", Mean, consumes=DataExperience),
+        spec("learner", Mean, consumes=DataExperience), spec("looking", Mean, config=LooksConfig, data_knob="looks"),
     ]
 """
 
@@ -253,6 +258,7 @@ def test_the_table_counts_tensors_and_parameters_by_rule(plugin: Path, folder: P
         ["copied", "1", "1", "0.2%"],
     ]
     assert "no expert differs from the base" in result.stdout
+    assert result.stdout.splitlines()[3].endswith("4-dimensional")
     assert result.stdout.splitlines()[-1] == f"wrote: {folder / 'out.safetensors'}"
 
 
@@ -363,6 +369,12 @@ def test_a_method_that_cannot_merge_is_refused(plugin: Path, folder: Path, metho
     assert sorted(folder.iterdir()) == before
 
 
+def test_a_method_that_was_told_to_look_at_data_is_refused(plugin: Path, folder: Path) -> None:
+    given = options(plugin, save(folder, [state(seed) for seed in range(3)]), folder / "out.safetensors")
+    assert "got 'looking' with looks, which needs data; `shiftproof run`" in refused("looking", *given, "--set", "looks=true")
+    assert call("looking", *given).exit_code == 0
+
+
 @pytest.mark.parametrize(
     ("extra", "message"),
     [
@@ -461,7 +473,7 @@ def test_files_that_are_missing_cut_short_or_the_output_are_refused(plugin: Path
     assert "expected one *.safetensors.index.json in the folder" in refused("mean", *options(plugin, [folder, *files], out))
     assert "which is one of them" in refused("mean", *options(plugin, files, files[1]), "--force")
     files[2].write_bytes(files[2].read_bytes()[:-1])
-    assert "e2.safetensors: expected a complete safetensors file" in refused("mean", *options(plugin, files, out))
+    assert f"error: {files[2]}: expected a complete safetensors file" in refused("mean", *options(plugin, files, out))
 
 
 def test_a_stop_from_the_keyboard_writes_nothing(plugin: Path, folder: Path) -> None:

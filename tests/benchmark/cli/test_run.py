@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +93,7 @@ def test_the_same_command_keeps_what_is_finished_and_rerun_does_not(toy: Path, o
     assert "0 cells run, 1 kept" in call(*command).stdout
     assert call(*command, "--dry-run").stdout.splitlines()[2].endswith("finished")
     assert call(*command, "--dry-run", "--rerun").stdout.splitlines()[2].endswith("to run again (finished)")
-    assert "1 cells run, 0 kept" in call(*command, "--rerun").stdout
+    assert "1 cell run, 0 kept" in call(*command, "--rerun").stdout
 
 
 def test_a_strategy_that_diverges_fails_its_cell_with_a_reason_and_the_others_go_on(toy: Path, out: Path) -> None:
@@ -146,7 +147,18 @@ def test_a_loose_file_brings_strategies_and_suites_into_worker_processes(
     [
         (["toi"], "expected the name of a suite, got 'toi'; did you mean 'toy'"),
         ([], "expected a suite, a TOML file, or --stream S with --strategy T"),
-        (["--stream", "toy-stream"], "expected a suite, a TOML file, or --stream S with --strategy T"),
+        (["--stream", "toy-stream"], "got --stream alone; `shiftproof list strategies` names the strategies"),
+        (["--strategy", "toy"], "got --strategy alone; `shiftproof list streams` names the streams"),
+        (["toy", "--stream", ""], "expected --stream as one name or several joined by ',', each once, got ''"),
+        (["--stream", "toy-stream", "--strategy", "toy,toy"], "each once, got 'toy,toy'"),
+        (["--stream", "toy-stream", "--strategy", "absent"], "got none: absent on toy-stream: needs shiftproof[clip]"),
+        (["toy", "--out", ""], "expected a folder for --out, got ''"),
+        (["toy", "--seeds", ""], "expected --seeds as integers of 0 or more, got ''"),
+        (["toy", "--seeds", "٣"], "expected --seeds as integers of 0 or more, got '٣'"),
+        (["toy", "--seeds", "4294967296"], "expected seeds of at most 4294967295, got 4294967296"),
+        (["toy", "--seeds", "9" * 5000], "they go up to 4294967295"),
+        (["toy", "--set", "toy.gamma=1", "--set", "toy.gamma=2"], "expected one value for toy.gamma, got two: 1 and 2"),
+        (["toy", "--set", "base.file=/nope"], "expected no base.file where base.kind is random, got '/nope'"),
         (["toy", "--stream", "toy-stream"], "got both: 'toy' beside them"),
         (["absent.toml"], "expected a suite in absent.toml, got: No such file"),
         (["--stream", "toy-straem", "--strategy", "toy"], "a stream, got 'toy-straem'; did you mean 'toy-stream'"),
@@ -180,7 +192,9 @@ def test_cuda_without_a_gpu_is_refused(toy: Path, out: Path, monkeypatch: pytest
 
 def test_an_output_folder_that_cannot_be_written_is_refused_before_anything_runs(toy: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    assert "expected to write" in refused("run", "toy", "--out", str(tmp_path / "file"))
+    for out in (tmp_path / "file", tmp_path / "file" / "deeper" / "out"):
+        assert f"expected a folder for --out, got {out}, where file is a file" in refused("run", "toy", "--out", str(out))
+    assert "File name too long" in refused("run", "toy", "--out", str(tmp_path / ("a" * 300)))
 
 
 def test_a_loose_file_with_an_installed_name_is_an_error_that_names_both(toy: Path, tmp_path: Path) -> None:
@@ -223,6 +237,23 @@ def test_check_runs_the_conformance_kit_and_fails_a_strategy_that_peeks(toy: Pat
     result = call("check", "peeker")
     assert result.exit_code == 1
     assert "failed" in result.stdout
+
+
+def written(number: int, file: Path) -> Path:
+    """A strategy that is printed in the plugins' README, as a loose file."""
+    text = (Path(__file__).parents[3] / "plugins/README.md").read_text()
+    file.write_text(re.findall(r"```python\n(.*?)```", text, re.DOTALL)[number])
+    return file
+
+
+@pytest.mark.parametrize(("name", "number"), [("weight-average", None), ("median", 1), ("vanilla", None), ("by-norm", 2)])
+def test_check_fine_tunes_the_experts_that_a_merge_or_a_transport_is_given(
+    tmp_path: Path, name: str, number: int | None
+) -> None:
+    plugin = () if number is None else ("--plugin", str(written(number, tmp_path / "mine.py")))
+    result = call("check", name, *plugin)
+    assert result.exit_code == 0, result.stderr
+    assert "no checkpoints: an interrupted cell starts again" in result.stdout
 
 
 @pytest.fixture

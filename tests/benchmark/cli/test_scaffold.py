@@ -62,11 +62,25 @@ def test_an_existing_folder_is_left_alone(tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "shiftproof-mine").iterdir()] == ["notes"]
 
 
-@pytest.mark.parametrize("name", ["", "Mine", "my_method", "my method", "../mine", "1st", "a--b", "a-", "der++", "recipe"])
+@pytest.mark.parametrize("name", ["", "Mine", "my_method", "my method", "../mine", "1st", "a--b", "a-", "der++"])
 def test_a_name_that_cannot_be_one_is_an_error_and_writes_nothing(tmp_path: Path, name: str) -> None:
     with pytest.raises(InputError, match="lower-case words joined by '-'"):
         write_package(name, tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "message"), [("recipe", "no scope of --set, got 'recipe'"), ("a" * 300, "at most 80 characters")]
+)
+def test_a_name_that_is_a_scope_or_too_long_is_an_error_with_its_reason(tmp_path: Path, name: str, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        write_package(name, tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_whose_name_is_too_long_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="got: File name too long; name another folder with --into"):
+        write_package("mine", tmp_path / ("a" * 300))
 
 
 def test_a_folder_that_cannot_be_made_is_an_error(tmp_path: Path) -> None:

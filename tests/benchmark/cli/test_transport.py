@@ -257,6 +257,45 @@ def test_methods_that_do_not_transport_checkpoints_are_refused(files: dict[str, 
     assert "did you mean" in refused(files, "--set", "residul=shared")
 
 
+def test_a_scale_that_leads_to_infinity_is_refused(files: dict[str, Path]) -> None:
+    line = refused(files, "--alpha", "1e39", method="vanilla")
+    assert "expected finite numbers for 'blocks.0." in line
+    assert "got NaN or infinity with --alpha 1e+39; take a smaller --alpha" in line
+
+
+def test_every_output_has_a_file_of_its_own(files: dict[str, Path]) -> None:
+    folder = files["a"].parent
+    one = folder / "one.safetensors"
+    for force in ((), ("--force",)):
+        line = refused(files, "--out", one, "--save-alignment", one, *force)
+        assert f"expected --out and --save-alignment apart, got {one} for both; rename one of them" in line
+    assert "expected --out and --diagnostics apart" in refused(files, "--out", one, "--diagnostics", one)
+    told = folder / "alignment.png"
+    assert "--save-alignment and --diagnostics apart" in refused(files, "--save-alignment", told, "--diagnostics", folder)
+    line = refused(files, "--save-alignment", files["ft"], "--force")
+    assert "expected --save-alignment and --source-tuned apart" in line
+    one.write_text("mine")
+    assert "expected --out and --alignment apart" in refused(files, "--out", one, "--alignment", one, "--force")
+
+
+def test_what_cannot_be_written_is_told_before_the_search(files: dict[str, Path]) -> None:
+    folder = files["a"].parent
+    (folder / "file").write_text("mine")
+    assert "expected --diagnostics as a folder, got" in refused(files, "--diagnostics", folder / "file")
+    assert "expected --save-alignment as a file, got" in refused(files, "--save-alignment", folder, "--force")
+    assert "make " in refused(files, "--save-alignment", folder / "none" / "al.safetensors")
+
+
+def test_a_specification_of_brackets_within_brackets_is_one_line(files: dict[str, Path]) -> None:
+    deep = files["a"].parent / "deep.json"
+    deep.write_text("[" * 100_000)
+    assert f"{deep}: expected " in refused(files, "--specification", deep)
+
+
+def test_one_sweep_is_told_as_one(files: dict[str, Path]) -> None:
+    assert "converged after 1 sweep, " in call({**files, "b": files["a"]}, "--dry-run").output
+
+
 def test_outputs_that_exist_are_kept_unless_forced(files: dict[str, Path]) -> None:
     out = files["a"].parent / "out.safetensors"
     out.write_bytes(b"mine")

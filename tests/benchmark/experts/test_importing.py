@@ -134,6 +134,10 @@ def shorten(out: Path) -> None:
     save_file(load_file(out / "task-1.safetensors"), out / "task-1.safetensors", {METADATA: json.dumps(facts)})
 
 
+def nest(out: Path) -> None:
+    save_file(load_file(out / "task-1.safetensors"), out / "task-1.safetensors", {METADATA: "[" * 100_000})
+
+
 def lose(out: Path) -> None:
     (out / "heads.safetensors").unlink()
 
@@ -222,6 +226,7 @@ def newer(out: Path) -> None:
         (flip, "task-1.safetensors: expected the weights that were exported, got others, whose hash is wrong"),
         (strip, "task-1.safetensors: expected a file that `shiftproof experts export` wrote, got one without its metadata"),
         (shorten, "task-1.safetensors: expected the metadata of this version's `experts export`, got others"),
+        (nest, "task-1.safetensors: expected the metadata of this version's `experts export`, got others"),
         (lose, "expected heads.safetensors in .*, got no such file"),
         (mix, "task-0.safetensors: expected a file of the same export as base.safetensors"),
         (another_seed, "task-0.safetensors: expected a file of the same export as base.safetensors"),

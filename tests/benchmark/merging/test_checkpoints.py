@@ -112,6 +112,34 @@ def test_an_expert_that_is_its_base_is_refused_by_name(states: Any, saved: Saved
         check(saved(made))
 
 
+def test_one_file_given_twice_is_refused_and_two_of_the_same_content_are_not(states: Any, saved: Saved) -> None:
+    made = states(1)
+    base, first, second = saved([*made, made[1]])
+    check([base, first, second])
+    with pytest.raises(InputError, match=r"expected every expert once, got .*expert-1\.safetensors twice; leave one out"):
+        check([base, first, first])
+    link = base.with_name("link.safetensors")
+    link.symlink_to(first)
+    with pytest.raises(InputError, match=r"got .*link\.safetensors and .*expert-1\.safetensors, which are one file"):
+        check([base, first, link])
+
+
+@pytest.mark.parametrize("tensors", [{}, {"n": torch.arange(3)}, {"w": torch.zeros(0, 3)}])
+def test_checkpoints_without_floating_point_numbers_are_refused_as_such(saved: Saved, tensors: State) -> None:
+    others = [{name: tensor + place for name, tensor in tensors.items()} for place in (1, 2)]
+    with pytest.raises(InputError, match=r"base\.safetensors: expected floating-point tensors, got none"):
+        check(saved([tensors, *others]))
+
+
+def test_a_damaged_file_is_named_by_its_whole_path(states: Any, saved: Saved, tmp_path: Path) -> None:
+    made = saved(states(1))
+    for folder, content in (("a", made[0].read_bytes()), ("b", made[1].read_bytes()[:-1])):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "model.safetensors").write_bytes(content)
+    with pytest.raises(InputError, match=f"^{tmp_path}/b/model.safetensors: expected a complete safetensors file"):
+        check([tmp_path / folder / "model.safetensors" for folder in "aab"])
+
+
 def test_one_expert_is_too_few(states: Any, saved: Saved) -> None:
     with pytest.raises(InputError, match="expected two experts or more, got 1"):
         check(saved(states(1)))

@@ -285,6 +285,19 @@ def test_a_merge_that_overflows_the_bases_dtype_is_refused(summing: Any) -> None
         merge_states(summing(), made[0], made[1:])
 
 
+@pytest.mark.parametrize("blockwise", [True, False])
+def test_a_factor_that_the_dtype_cannot_hold_is_refused_and_other_errors_are_not(summing: Any, blockwise: bool) -> None:
+    class Scaled(type(summing())):  # type: ignore[misc]  # a class that comes from a fixture
+        def merge(self, name: str, base: Tensor, experts: Sequence[Tensor], facts: Any) -> Tensor:
+            return torch.add(base, experts[0], alpha=1e39) if name == "w" else base.view(3)
+
+    made = [{"w": torch.rand(4)} for _ in range(3)]
+    with pytest.raises(InputError, match=r"expected a finite merge of 'w', got a factor that torch\.float32 cannot hold"):
+        in_parts(Scaled(blockwise), made)
+    with pytest.raises(RuntimeError, match="shape"):
+        in_parts(Scaled(blockwise), [{"other": state["w"]} for state in made])
+
+
 def test_a_merge_of_another_shape_is_refused(summing: Any) -> None:
     class Cut(type(summing())):  # type: ignore[misc]  # a class that comes from a fixture
         def merge(self, name: str, base: Tensor, experts: Sequence[Tensor], facts: Any) -> Tensor:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from shiftproof.benchmark.errors import InputError
-from shiftproof.benchmark.merging.inputs import check_output, locate, targets, weight_map
+from shiftproof.benchmark.merging.inputs import check_apart, check_folder, check_output, locate, targets, weight_map
 
 INDEX = "model.safetensors.index.json"
 
@@ -46,7 +46,7 @@ def test_what_is_not_there_or_of_another_kind_is_refused(tmp_path: Path) -> None
     touch(tmp_path / "folder", "a.safetensors")
     with pytest.raises(InputError, match="got no such file"):
         locate(tmp_path / "none.safetensors")
-    with pytest.raises(InputError, match=r"expected a checkpoint named like .*, got x\.npz"):
+    with pytest.raises(InputError, match=r"expected a checkpoint named like .*, got .*x\.npz"):
         locate(tmp_path / "x.npz")
     with pytest.raises(InputError, match=r"expected one \*\.safetensors\.index\.json in the folder .*, got 0"):
         locate(tmp_path / "folder")
@@ -101,10 +101,19 @@ def test_an_output_that_is_an_input_is_refused_even_with_force(tmp_path: Path, w
         check_output(out, inputs, force=True)
 
 
+def test_a_link_to_itself_is_a_name_that_exists_and_force_takes_its_place(tmp_path: Path) -> None:
+    touch(tmp_path, "base.safetensors")
+    out, base = tmp_path / "loop.safetensors", locate(tmp_path / "base.safetensors")
+    out.symlink_to(out)
+    check_output(out, [base], force=True)
+    with pytest.raises(InputError, match="which exists; give --force"):
+        check_output(out, [base], force=False)
+
+
 @pytest.mark.parametrize("name", ["out.pt", "out", "out.safetensors.index.json", "out.json"])
 def test_one_file_gives_one_file_with_the_right_ending(tmp_path: Path, name: str) -> None:
     touch(tmp_path, "base.safetensors")
-    with pytest.raises(InputError, match=r"expected --out named like merged\.safetensors, got out"):
+    with pytest.raises(InputError, match=r"expected --out named like merged\.safetensors, got '.*out"):
         check_output(tmp_path / name, [locate(tmp_path / "base.safetensors")], force=False)
 
 
@@ -138,6 +147,54 @@ def test_an_output_in_no_folder_or_of_the_other_kind_is_refused(tmp_path: Path) 
         check_output(tmp_path / "none" / "out.safetensors", [base], force=False)
     with pytest.raises(InputError, match="expected --out as a folder"):
         check_output(tmp_path / "out", [shards], force=True)
+    with pytest.raises(InputError, match=r"got .*base\.safetensors/o\.safetensors, where .*base\.safetensors is a file"):
+        check_output(tmp_path / "base.safetensors" / "o.safetensors", [base], force=False)
+    with pytest.raises(InputError, match=r"expected --out named like merged\.safetensors, got '\.'"):
+        check_output(Path(), [base], force=False)
     touch(tmp_path / "out.safetensors")
     with pytest.raises(InputError, match="expected --out as a file"):
         check_output(tmp_path / "out.safetensors", [base], force=True)
+
+
+@pytest.mark.parametrize(
+    ("written", "read", "said"),
+    [
+        ({"--a": "o", "--b": "o"}, {}, "expected --a and --b apart, got .*o for both"),
+        ({"--a": "o", "--b": "./o"}, {}, "expected --a and --b apart"),
+        ({"--a": "o", "--b": "o/picture"}, {}, "got .*o for the one and .*o/picture for the other"),
+        ({"--a": "o/index", "--b": "o"}, {}, "expected --a and --b apart"),
+        ({"--a": "o", "--b": "link"}, {"--c": "there"}, "expected --b and --c apart"),
+        ({"--a": "o", "--b": "hard"}, {"--c": "there"}, "expected --b and --c apart"),
+    ],
+)
+def test_one_file_is_not_written_for_two_options_or_over_what_is_read(
+    tmp_path: Path, written: dict[str, str], read: dict[str, str], said: str
+) -> None:
+    touch(tmp_path, "there")
+    (tmp_path / "link").symlink_to("there")
+    (tmp_path / "hard").hardlink_to(tmp_path / "there")
+    first, second = ({option: [tmp_path / name] for option, name in named.items()} for named in (written, read))
+    with pytest.raises(InputError, match=said):
+        check_apart(first, second)
+
+
+def test_files_of_one_folder_and_one_file_that_is_read_twice_are_apart(tmp_path: Path) -> None:
+    touch(tmp_path, "there")
+    both = [tmp_path / "there"]
+    check_apart({"--a": [tmp_path / "o" / "1"], "--b": [tmp_path / "o" / "2"], "--none": []}, {"--c": both, "--d": both})
+
+
+def test_a_folder_is_there_or_can_be_made(tmp_path: Path) -> None:
+    touch(tmp_path, "file")
+    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
+    for name in ("", "new", "new/deeper"):
+        check_folder("--out", tmp_path / name)
+    for name, where in (("file", "which is a file"), ("file/new", r"where .*file is a file"), ("dangling", "which is a file")):
+        with pytest.raises(InputError, match=f"expected --out as a folder, got .*{name}, {where}"):
+            check_folder("--out", tmp_path / name)
+
+
+def test_a_folder_that_nobody_may_write_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.access", lambda path, mode: False)  # a superuser may write everywhere
+    with pytest.raises(InputError, match="expected --out where files can be written"):
+        check_folder("--out", tmp_path / "new")

@@ -94,7 +94,13 @@ def test_a_truncated_file_is_refused(tmp_path: Path, kept: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "content", [b"\xff" * 40, (9).to_bytes(8, "little") + b"\xff" * 9, (4).to_bytes(8, "little") + b"null"]
+    "content",
+    [
+        b"\xff" * 40,
+        (9).to_bytes(8, "little") + b"\xff" * 9,
+        (4).to_bytes(8, "little") + b"null",
+        (100_000).to_bytes(8, "little") + b"[" * 100_000,
+    ],
 )
 def test_other_bytes_are_refused(tmp_path: Path, content: bytes) -> None:
     file = tmp_path / "x.safetensors"

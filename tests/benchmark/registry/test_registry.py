@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from shiftproof.benchmark.errors import InputError
+from shiftproof.benchmark.names import unknown
 from shiftproof.benchmark.registry.lookup import PluginOrigin, load_registry
 
 TOY = """
@@ -122,6 +123,34 @@ def test_a_name_that_may_be_in_a_broken_plugin_is_reported_with_its_reason(site:
     site.install("broken", "1 / 0")
     with pytest.raises(InputError, match=r"got 'mine'.*plugin 'broken' did not load: ZeroDivisionError"):
         load_registry(["broken"]).strategy("mine")
+
+
+def test_a_near_spelling_is_offered_instead_of_the_plugins_that_are_broken(site: Any) -> None:
+    site.install("broken", "1 / 0")
+    with pytest.raises(InputError) as error:
+        load_registry(["broken"]).metric("worts")
+    assert "did you mean 'worst'" in str(error.value)
+    assert "broken" not in str(error.value)
+
+
+def test_several_broken_plugins_are_named_without_their_reasons(site: Any) -> None:
+    for name in ("broken", "worse"):
+        site.install(name, "1 / 0")
+    with pytest.raises(InputError, match=r"2 plugins did not load: broken, worse; `shiftproof plugins` says why$"):
+        load_registry(["broken", "worse"]).strategy("mine")
+
+
+@pytest.mark.parametrize(("kind", "command"), [("strategy", "list strategies"), ("name", "list KIND")])
+def test_where_there_are_too_many_names_the_command_that_lists_them_is_told(kind: str, command: str) -> None:
+    assert f"(`shiftproof {command}` names all that are known)" in str(unknown(kind, "zzz", map(str, range(41))))
+
+
+def test_a_loose_file_is_given_once_and_is_a_file(tmp_path: Path) -> None:
+    file = write(tmp_path / "mine.py", suite("mine"))
+    with pytest.raises(InputError, match=r"expected every plugin file once, got one that is given twice: .*mine.py"):
+        load_registry([], [file, tmp_path / "." / "mine.py"])
+    with pytest.raises(InputError, match=r"expected a Python file as plugin, got .*, which is a folder"):
+        load_registry([], [tmp_path])
 
 
 def test_a_misspelt_hook_is_named_with_its_plugin_and_the_nearest_spelling(site: Any) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -102,6 +103,28 @@ def test_workers_end_with_the_suite_that_was_killed(registry: Registry, tmp_path
     suite.communicate()
     assert eventually(lambda: not exists(worker), 20)
     assert RecordStore(tmp_path / "out").all() == []
+
+
+@pytest.mark.parametrize(("name", "learns", "code"), [("SIGINT", False, 130), ("SIGTERM", True, 143)])
+def test_a_run_that_is_told_to_stop_takes_its_workers_along_and_says_one_line(
+    registry: Registry, tmp_path: Path, name: str, learns: bool, code: int
+) -> None:
+    file, main = tmp_path / "pid", "from shiftproof.benchmark.cli.main import main; main()"
+    chosen = ["--stream", "tiny", "--strategy", "sleeper,plain", "--seeds", "0", "--plugin", str(registry.files[0])]
+    options = ["--set", f"sleeper.file={file}", "--jobs", "2", "--device", "cpu", "--out", str(tmp_path / "out")]
+    command = [sys.executable, "-c", main, "run", *chosen, *options]
+    suite = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    children = Path(f"/proc/{suite.pid}/task/{suite.pid}/children")  # one of them is multiprocessing's own
+    assert eventually(lambda: len(children.read_text().split()) == 3 and (not learns or file.exists()), 120)
+    workers = [int(child) for child in children.read_text().split()]
+    if name == "SIGINT":  # from a keyboard it reaches all of them
+        os.killpg(suite.pid, signal.SIGINT)
+    else:
+        suite.terminate()
+    told = suite.communicate(timeout=60)
+    assert told == ("", "stopped; finished cells are kept, the same command goes on from here\n")
+    assert suite.returncode == code
+    assert eventually(lambda: not any(map(exists, workers)), 20)
 
 
 def test_running_inline_takes_one_thread_and_gives_back_what_there_was(

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import submitit
 
-from shiftproof.benchmark.errors import InputError
+from shiftproof.benchmark.errors import InputError, Terminated
 from shiftproof.benchmark.records import RecordStore
 from shiftproof.benchmark.registry.lookup import Registry
 from shiftproof.benchmark.running.jobs import Job
@@ -142,6 +142,17 @@ def test_who_stops_waiting_cancels_what_is_left(plan_of: PlanOf, registry: Regis
     results.close()  # type: ignore[attr-defined]
     assert eventually(lambda: state_of(queue, "1_1") == "CANCELLED")
     assert [record.label for record in RecordStore(tmp_path / "out").all()] == ["toy"]
+
+
+def test_tasks_outlive_a_login_session_that_is_terminated(
+    plan_of: PlanOf, registry: Registry, tmp_path: Path, queue: Path
+) -> None:
+    results = SlurmExecutor().run(jobs_of(plan_of("toy,plain"), registry, tmp_path / "out"), 1)
+    assert next(results).status == "finished"
+    with pytest.raises(Terminated):
+        results.throw(Terminated)  # type: ignore[attr-defined]
+    assert eventually(lambda: state_of(queue, "1_1") == "COMPLETED")
+    assert {record.label for record in RecordStore(tmp_path / "out").all()} == {"toy", "plain"}
 
 
 def test_a_cell_whose_code_is_not_what_was_planned_is_wrong_input(
