@@ -34,6 +34,12 @@ class Batch:
     def __len__(self) -> int:
         return len(self.y)
 
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> NoReturn:
+            where = "; groups are experience.groups[batch.index], where they are declared" if name == "groups" else ""
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}{where}")
+
 
 @dataclass(frozen=True, eq=False)
 class ArrayData:

@@ -14,6 +14,7 @@ import torch
 
 from shiftproof.benchmark import (
     BaseRecipe,
+    Batch,
     DataExperience,
     ExpertExperience,
     GroupedExperience,
@@ -63,6 +64,12 @@ def test_groups_are_stripped_unless_they_are_declared(registry: Registry, stream
         assert "groups" not in vars(experience)
         with pytest.raises(ContractError, match="reads group labels without declaring it: set uses_group_labels=True"):
             _ = experience.groups  # type: ignore[attr-defined]
+
+
+def test_a_batch_says_where_the_groups_are() -> None:
+    batch = Batch(*[torch.zeros(1)] * 4)
+    with pytest.raises(AttributeError, match=r"'Batch' object has no attribute 'groups'; groups are experience\.groups\[batch"):
+        _ = batch.groups  # type: ignore[attr-defined]
 
 
 def test_nothing_that_an_experience_holds_leads_to_the_groups(registry: Registry, stream: Stream) -> None:
