@@ -113,7 +113,8 @@ def _print_item(item: Item, plugin: Plugin) -> None:
     typer.echo(f"  plugin: {plugin.name} of {plugin.distribution} {plugin.version}")
     for fact, value in item.facts.items():
         if fact not in _SHOWN_APART and value not in ("", []):
-            typer.echo(f"  {fact.replace('_', ' ')}: {_brief(value)}")
+            beside = " beside what it consumes" if fact == "needs_data" else ""
+            typer.echo(f"  {fact.replace('_', ' ')}{beside}: {_brief(value)}")
     for preset, changes in item.facts.get("presets", {}).items():
         changed = ", ".join(f"{key}={value}" for key, value in changes.items())
         typer.echo(f"  preset {item.name}@{preset}: {changed or 'as the defaults'}")
