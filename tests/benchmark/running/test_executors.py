@@ -7,10 +7,8 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -21,6 +19,7 @@ from shiftproof.benchmark.running.executors import InlineExecutor, ProcessExecut
 from shiftproof.benchmark.running.matrix import Plan, RunOptions, run_plan
 
 PlanOf = Callable[..., Plan]
+Eventually = Callable[..., bool]
 
 # Carries out a suite in a process of its own: OUT EXECUTOR JOBS STRATEGIES [OVERRIDE ...].
 SUITE = """
@@ -84,16 +83,7 @@ def exists(process: int) -> bool:
         return False
 
 
-def eventually(fact: Callable[[], Any], seconds: float) -> bool:
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        if fact():
-            return True
-        time.sleep(0.05)
-    return False
-
-
-def test_workers_end_with_the_suite_that_was_killed(registry: Registry, tmp_path: Path) -> None:
+def test_workers_end_with_the_suite_that_was_killed(eventually: Eventually, registry: Registry, tmp_path: Path) -> None:
     file = tmp_path / "pid"
     suite = start(tmp_path, registry, str(tmp_path / "out"), "process", "1", "sleeper", f"sleeper.file={file}")
     assert eventually(lambda: file.exists() and file.read_text(), 120)
@@ -107,7 +97,7 @@ def test_workers_end_with_the_suite_that_was_killed(registry: Registry, tmp_path
 
 @pytest.mark.parametrize(("name", "learns", "code"), [("SIGINT", False, 130), ("SIGTERM", True, 143)])
 def test_a_run_that_is_told_to_stop_takes_its_workers_along_and_says_one_line(
-    registry: Registry, tmp_path: Path, name: str, learns: bool, code: int
+    eventually: Eventually, registry: Registry, tmp_path: Path, name: str, learns: bool, code: int
 ) -> None:
     file, main = tmp_path / "pid", "from shiftproof.benchmark.cli.main import main; main()"
     chosen = ["--stream", "tiny", "--strategy", "sleeper,plain", "--seeds", "0", "--plugin", str(registry.files[0])]

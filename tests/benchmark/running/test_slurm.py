@@ -5,11 +5,9 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import submitit
@@ -22,6 +20,7 @@ from shiftproof.benchmark.running.matrix import Plan, RunOptions, run_plan
 from shiftproof.benchmark.running.slurm import SlurmExecutor
 
 PlanOf = Callable[..., Plan]
+Eventually = Callable[..., bool]
 STUB = Path(__file__).with_name("small_slurm.py")
 
 
@@ -49,15 +48,6 @@ def options(registry: Registry, out: Path, executor: str = "slurm", jobs: int = 
 def state_of(queue: Path, task: str) -> str:
     file = queue / f"{task}.state"
     return file.read_text() if file.exists() else ""
-
-
-def eventually(fact: Callable[[], Any], seconds: float = 120) -> bool:
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        if fact():
-            return True
-        time.sleep(0.05)
-    return False
 
 
 def test_tasks_of_an_array_give_the_results_of_one_process_bit_for_bit_and_lose_only_the_cell_that_dies(
@@ -93,7 +83,7 @@ def started(tmp_path: Path) -> list[str]:
 
 
 def test_tasks_go_on_when_who_submitted_them_is_killed_and_the_same_command_waits_for_them(
-    registry: Registry, tmp_path: Path, queue: Path
+    eventually: Eventually, registry: Registry, tmp_path: Path, queue: Path
 ) -> None:
     lost = start(tmp_path, registry, "--seeds", "0,1,2")
     assert eventually(lambda: started(tmp_path))
@@ -108,7 +98,7 @@ def test_tasks_go_on_when_who_submitted_them_is_killed_and_the_same_command_wait
 
 
 def test_a_preempted_task_is_put_into_the_queue_again_and_does_not_count_as_failed(
-    registry: Registry, tmp_path: Path, queue: Path
+    eventually: Eventually, registry: Registry, tmp_path: Path, queue: Path
 ) -> None:
     suite = start(tmp_path, registry, "--seeds", "0")
     assert eventually(lambda: started(tmp_path))
@@ -135,7 +125,9 @@ def jobs_of(plan: Plan, registry: Registry, out: Path) -> list[Job]:
     ]
 
 
-def test_who_stops_waiting_cancels_what_is_left(plan_of: PlanOf, registry: Registry, tmp_path: Path, queue: Path) -> None:
+def test_who_stops_waiting_cancels_what_is_left(
+    eventually: Eventually, plan_of: PlanOf, registry: Registry, tmp_path: Path, queue: Path
+) -> None:
     jobs = jobs_of(plan_of("toy,sleeper", f"sleeper.file={tmp_path / 'pid'}"), registry, tmp_path / "out")
     results = SlurmExecutor().run(jobs, 2)
     assert next(results).run_id == jobs[0].run_id
@@ -145,7 +137,7 @@ def test_who_stops_waiting_cancels_what_is_left(plan_of: PlanOf, registry: Regis
 
 
 def test_tasks_outlive_a_login_session_that_is_terminated(
-    plan_of: PlanOf, registry: Registry, tmp_path: Path, queue: Path
+    eventually: Eventually, plan_of: PlanOf, registry: Registry, tmp_path: Path, queue: Path
 ) -> None:
     results = SlurmExecutor().run(jobs_of(plan_of("toy,plain"), registry, tmp_path / "out"), 1)
     assert next(results).status == "finished"
