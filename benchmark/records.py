@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from shiftproof.benchmark.errors import InputError, OutputError
-from shiftproof.benchmark.folders import is_folder
+from shiftproof.benchmark.paths import is_folder
 
 SCHEMA_VERSION = "1.0.0"
 MEND = "restore it or delete it and run again"

@@ -12,8 +12,8 @@ from shiftproof.benchmark.boards.sections import build_sections
 from shiftproof.benchmark.boards.verification import cell_metrics, name_of, record_problems, validate
 from shiftproof.benchmark.contracts import MetricSpec
 from shiftproof.benchmark.errors import InputError
-from shiftproof.benchmark.folders import is_folder
 from shiftproof.benchmark.metrics import shiftproof_metrics
+from shiftproof.benchmark.paths import is_folder
 from shiftproof.benchmark.records import (
     SCHEMA_VERSION,
     RunRecord,

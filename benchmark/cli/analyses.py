@@ -16,6 +16,7 @@ from shiftproof.benchmark.cli.console import catalogue, print_table
 from shiftproof.benchmark.cli.run import check_device, chosen_device, registry_for
 from shiftproof.benchmark.contracts import EXPERT_TRAINER
 from shiftproof.benchmark.errors import InputError
+from shiftproof.benchmark.paths import check_folder
 
 if TYPE_CHECKING:
     from shiftproof.benchmark.analysis.deltas import Deltas
@@ -45,8 +46,6 @@ class FromStream:
 
 def checked_folder(out: Path | None) -> Path | None:
     """What --out says. Raises InputError, before anything is computed, if no file could be written there."""
-    from shiftproof.benchmark.merging.inputs import check_folder
-
     if out is not None:
         check_folder("--out", out)
     return out

@@ -11,8 +11,8 @@ import typer
 from shiftproof.benchmark.cli.console import catalogue, console, counted
 from shiftproof.benchmark.contracts import MetricSpec
 from shiftproof.benchmark.errors import InputError, OutputError
-from shiftproof.benchmark.folders import is_folder
 from shiftproof.benchmark.names import did_you_mean
+from shiftproof.benchmark.paths import is_folder
 
 if TYPE_CHECKING:
     from shiftproof.benchmark.records import RunRecord

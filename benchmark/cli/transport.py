@@ -17,9 +17,11 @@ from shiftproof.benchmark.cli.console import distinct, heavy_imports, print_tabl
 from shiftproof.benchmark.cli.method import strategy_named
 from shiftproof.benchmark.cli.run import PluginFiles
 from shiftproof.benchmark.errors import InputError
+from shiftproof.benchmark.paths import check_apart, check_file, check_folder
 
 if TYPE_CHECKING:
     from shiftproof.benchmark.experiences import StateDict
+    from shiftproof.benchmark.merging.inputs import Located
     from shiftproof.benchmark.transporting.alignment import Alignment
     from shiftproof.benchmark.transporting.disk import Releases
     from shiftproof.benchmark.transporting.method import Progress, RebasinMethod
@@ -58,7 +60,7 @@ def transport(
 ) -> None:
     """Carry a fine-tuning over to a new release of its backbone, without data and without training."""
     from shiftproof.benchmark.merging.hashing import Hashing
-    from shiftproof.benchmark.merging.inputs import check_apart, check_file, check_folder, check_output, locate, targets
+    from shiftproof.benchmark.merging.inputs import check_output, locate
 
     if alignment and save_alignment:
         raise InputError(
@@ -66,15 +68,7 @@ def transport(
         )
     located = [locate(path) for path in (target_base, source_base, source_tuned)]
     check_output(out, located, force or dry_run)
-    if save_alignment is not None:
-        check_file("--save-alignment", save_alignment, force)
-    if diagnostics is not None:
-        check_folder("--diagnostics", diagnostics)
-    written = {
-        "--out": targets(out, located[0]),
-        "--save-alignment": [save_alignment] if save_alignment else [],
-        "--diagnostics": [diagnostics / name for name in DIAGNOSTICS] if diagnostics else [],
-    }
+    written = _written(out, located[0], save_alignment, diagnostics, force)
     models = zip(("--target-base", "--source-base", "--source-tuned"), located, strict=True)
     others = (("--alignment", alignment), ("--specification", specification))
     check_apart(written, {**{one: item.every_file for one, item in models}, **{one: [file] for one, file in others if file}})
@@ -100,6 +94,23 @@ def transport(
                 typer.echo(f"wrote: {save_alignment}")
             if hashing is not None:
                 _write(built, facts, found, aligned, hashing.result(), out, force, quiet)
+
+
+def _written(
+    out: Path, target: Located, save_alignment: Path | None, diagnostics: Path | None, force: bool
+) -> dict[str, list[Path]]:
+    """Option to the files that are written for it, of those beside --out once they were checked."""
+    from shiftproof.benchmark.merging.inputs import targets
+
+    if save_alignment is not None:
+        check_file("--save-alignment", save_alignment, force)
+    if diagnostics is not None:
+        check_folder("--diagnostics", diagnostics)
+    return {
+        "--out": targets(out, target),
+        "--save-alignment": [save_alignment] if save_alignment else [],
+        "--diagnostics": [diagnostics / name for name in DIAGNOSTICS] if diagnostics else [],
+    }
 
 
 def _method(label: str, overrides: Sequence[str], plugin: Sequence[Path]) -> tuple[RebasinMethod, dict[str, Any]]:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import combinations, product
-from os.path import lexists, realpath
 from pathlib import Path
 
 from shiftproof.benchmark.errors import InputError
+from shiftproof.benchmark.paths import check_parent, is_same
 from shiftproof.benchmark.records import parse_json
 
 SAFETENSORS = ".safetensors"
@@ -126,65 +124,11 @@ def check_output(out: Path, inputs: Sequence[Located], force: bool) -> None:
     written = targets(out, base)
     sources = [file for item in inputs for file in item.every_file]
     for file in written:
-        if any(_same(file, source) for source in sources):
+        if any(is_same(file, source) for source in sources):
             raise InputError(f"expected --out apart from the inputs, got {file}, which is one of them; rename it")
     existing = [file for file in written if file.exists() or file.is_symlink()]
     if existing and not force:
         raise InputError(f"expected a new file for --out, got {existing[0]}, which exists; give --force to replace it")
-
-
-def check_parent(option: str, path: Path) -> None:
-    """Raises InputError unless the folder that a path names is there."""
-    if not path.parent.exists():
-        raise InputError(f"expected {option} in a folder that exists, got {path}; make {path.parent} first")
-    if not path.parent.is_dir():
-        raise InputError(f"expected {option} in a folder, got {path}, where {path.parent} is a file; choose another")
-
-
-def check_file(option: str, path: Path, force: bool) -> None:
-    """Raises InputError unless a file can be written there: a new one, or with `force` in place of another."""
-    if path.is_dir():
-        raise InputError(f"expected {option} as a file, got {path}, which is a folder; choose another name")
-    if lexists(path) and not force:
-        raise InputError(f"expected a new file for {option}, got {path}, which exists; give --force to replace it")
-    check_parent(option, path)
-
-
-def check_folder(option: str, folder: Path) -> None:
-    """Raises InputError, before there is anything to write, unless the folder can be written or made."""
-    nearest = next(one for one in (folder, *folder.absolute().parents) if lexists(one))
-    if not nearest.is_dir():
-        where = "which is" if nearest == folder else f"where {nearest} is"
-        raise InputError(f"expected {option} as a folder, got {folder}, {where} a file; choose another name")
-    if not os.access(nearest, os.W_OK | os.X_OK):
-        raise InputError(f"expected {option} where files can be written, got {folder}; choose another folder")
-
-
-def check_apart(written: Mapping[str, Sequence[Path]], read: Mapping[str, Sequence[Path]]) -> None:
-    """Refuse a file that is written for two options, or read for one and written for another, and one that is to be a folder.
-
-    Args:
-        written: Option to the files that are written for it.
-        read: Option to the files that are read for it.
-
-    Raises:
-        InputError: Which options, and which file.
-    """
-    pairs = [*combinations(written.items(), 2), *product(written.items(), read.items())]
-    for (one, files), (other, others) in pairs:
-        for file, another in product(files, others):
-            if _same(file, another) or _lies_in(file, another) or _lies_in(another, file):
-                both = f"{file} for the one and {another} for the other" if file != another else f"{file} for both"
-                raise InputError(f"expected {one} and {other} apart, got {both}; rename one of them")
-
-
-def _same(one: Path, other: Path) -> bool:
-    """Whether two paths name one file, through links of either kind. A link to itself, which `resolve` fails at, is a name."""
-    return realpath(one) == realpath(other) or (one.exists() and other.exists() and one.samefile(other))
-
-
-def _lies_in(one: Path, other: Path) -> bool:
-    return Path(realpath(other)) in Path(realpath(one)).parents
 
 
 def targets(out: Path, base: Located) -> list[Path]:
