@@ -6,6 +6,7 @@ import importlib.util
 import multiprocessing
 import os
 import signal
+import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -124,12 +125,25 @@ class ProcessExecutor:
 
 @contextmanager
 def _no_interrupts() -> Iterator[None]:
-    """What is spawned within never hears of Ctrl-C, not even while it imports: whoever spawned it ends it."""
+    """What is spawned within never hears of Ctrl-C, not even while it imports: whoever spawned it ends it.
+
+    A stop that comes meanwhile waits for the end: in the middle of a spawn it would leave a pool that knows half its workers.
+    Blocking alone does not do: another thread may take the signal, and this one would raise all the same.
+    """
+    if threading.current_thread() is not threading.main_thread():  # which alone is ever interrupted
+        yield
+        return
+    came: list[int] = []
+    handlers = {number: signal.signal(number, lambda got, _: came.append(got)) for number in (signal.SIGINT, signal.SIGTERM)}
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        for number, handler in handlers.items():
+            signal.signal(number, handler or signal.SIG_DFL)
+    for got in came:
+        signal.raise_signal(got)
 
 
 class _one_thread:
