@@ -149,11 +149,11 @@ def plain(net: Model, task: int) -> nn.Module:
     return nn.Sequential(net.backbone, net.head(task))
 
 
-def multi_head(net: Model) -> nn.Module:
-    """Avalanche's multi-task module with one pass through the backbone, as in its multi-head models."""
+def with_our_heads(net: Model) -> nn.Module:
+    """Our network as a multi-task module of Avalanche: one pass through the backbone, one product for all heads."""
     from avalanche.models import MultiTaskModule
 
-    class MultiHead(MultiTaskModule):  # type: ignore[misc]
+    class OurHeads(MultiTaskModule):  # type: ignore[misc]
         def __init__(self) -> None:
             super().__init__()
             self.net = net
@@ -161,7 +161,23 @@ def multi_head(net: Model) -> nn.Module:
         def forward(self, x: Tensor, task_labels: Tensor) -> Tensor:
             return self.net(x, task_labels)  # type: ignore[no-any-return]
 
-    return MultiHead()
+    return OurHeads()
+
+
+def with_own_heads(net: Model) -> nn.Module:
+    """Our backbone under Avalanche's multi-head classifier, put together as its multi-task networks are."""
+    from avalanche.models import MultiHeadClassifier, MultiTaskModule
+
+    class OwnHeads(MultiTaskModule):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self.backbone = net.backbone
+            self.classifier = MultiHeadClassifier(net.backbone.features)
+
+        def forward(self, x: Tensor, task_labels: Tensor) -> Tensor:
+            return self.classifier(self.backbone(x), task_labels)  # type: ignore[no-any-return]
+
+    return OwnHeads()
 
 
 class Clipping:
@@ -237,8 +253,8 @@ def against_avalanche_replay(stream: Stream, folder: Path) -> None:
     first, second = experiences(stream)[:2]
     size = ReplayConfig().buffer_size
 
-    def replay(experiences: Any) -> Callable[[], Any]:
-        model = multi_head(make_context(stream, folder).new_model())
+    def replay(build: Callable[[Model], nn.Module], experiences: Any) -> Callable[[], Any]:
+        model = build(make_context(stream, folder).new_model())
         strategy = avalanche_naive(model, stream.recipe, ReplayPlugin(size, batch_size_mem=stream.recipe.batch_size))
         strategy.train_epochs = 1
         strategy.train(experiences[0])
@@ -247,9 +263,13 @@ def against_avalanche_replay(stream: Stream, folder: Path) -> None:
 
     saved = state_after(stream, [first], folder)
     steps = steps_of(second, stream.recipe)
-    for what, target, read in (("", ">= 1.70", stream), (", which reads float32", "", as_float32(stream))):
-        theirs = to_avalanche(read).train_stream
-        pairs = alternate(partial(replay, theirs), partial(replay_from, saved, second, stream, folder))
+    stored, converted = (to_avalanche(one).train_stream for one in (stream, as_float32(stream)))
+    for what, target, build, read in (
+        ("", ">= 1.70", with_own_heads, stored),
+        (" with our heads", ">= 1.70", with_our_heads, stored),
+        (" with our heads, float32", "", with_our_heads, converted),
+    ):
+        pairs = alternate(partial(replay, build, read), partial(replay_from, saved, second, stream, folder))
         report(f"Avalanche's Replay{what} / our er", pairs, target, steps)
 
 

@@ -99,7 +99,10 @@ def test_workers_end_with_the_suite_that_was_killed(eventually: Eventually, regi
 def test_a_run_that_is_told_to_stop_takes_its_workers_along_and_says_one_line(
     eventually: Eventually, registry: Registry, tmp_path: Path, name: str, learns: bool, code: int
 ) -> None:
-    file, main = tmp_path / "pid", "from shiftproof.benchmark.cli.main import main; main()"
+    file = tmp_path / "pid"
+    # A shell's background job hands on to its children that they ignore SIGINT: tests run in one, too.
+    heed = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+    main = f"{heed}; from shiftproof.benchmark.cli.main import main; main()"
     chosen = ["--stream", "tiny", "--strategy", "sleeper,plain", "--seeds", "0", "--plugin", str(registry.files[0])]
     options = ["--set", f"sleeper.file={file}", "--jobs", "2", "--device", "cpu", "--out", str(tmp_path / "out")]
     command = [sys.executable, "-c", main, "run", *chosen, *options]
