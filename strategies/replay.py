@@ -189,6 +189,9 @@ class LossBinnedBuffer(Buffer):
             InputError: If a loss is not finite, a bin's share is below 1, the mode is another, or as in `ReservoirBuffer.add`.
         """
         rows, values, share = self._admit("population", x, y, task, losses, extras)
+        if share < 1:
+            wanted = (self._tasks + 1) * self.bins
+            raise InputError(f"expected a capacity of at least tasks x bins = {wanted}, got {self.capacity}")
         budget = self.capacity // (self._tasks + 1)
         bins = loss_bins(values, float(values.min()), float(values.max()), self.bins)
         available = np.bincount(bins, minlength=self.bins)
@@ -209,7 +212,7 @@ class LossBinnedBuffer(Buffer):
         generator: torch.Generator,
         extras: Mapping[str, Tensor] | None = None,
     ) -> None:
-        """Offer a batch of the current task.
+        """Offer a batch of the current task. With more tasks x bins than slots nothing is inserted, as released.
 
         Args:
             x: (B, ...) inputs of any dtype.
@@ -220,7 +223,7 @@ class LossBinnedBuffer(Buffer):
             extras: As in `ReservoirBuffer.add`.
 
         Raises:
-            InputError: As in `populate`.
+            InputError: If a loss is not finite, the mode is another, or as in `ReservoirBuffer.add`.
         """
         rows, values, share = self._admit("running", x, y, task, losses, extras)
         low, high = self._range
@@ -262,11 +265,7 @@ class LossBinnedBuffer(Buffer):
         values = as_array(losses).astype(np.float64)
         if not np.isfinite(values).all():
             raise InputError("expected finite losses, got NaN or infinity: the model diverged before its buffer was filled")
-        number = self._tasks + 1
-        share = self.capacity // number // self.bins  # the same as capacity // bins // number
-        if share < 1:
-            raise InputError(f"expected a capacity of at least tasks x bins = {number * self.bins}, got {self.capacity}")
-        return rows, values, share
+        return rows, values, self.capacity // (self._tasks + 1) // self.bins  # the same as capacity // bins // tasks
 
     def _shrink(self, budget: int, generator: torch.Generator) -> None:
         if self._size == 0:

@@ -174,10 +174,11 @@ class TrainingStrategy(ABC, Generic[C]):
                 loss = self.loss(batch)
         else:
             loss = self.loss(batch)
-        optimizer.zero_grad(set_to_none=True)
+        for parameter in self._updated:  # zero_grad without its bookkeeping
+            parameter.grad = None
         loss.backward()
         if self.recipe.clip_norm:
-            nn.utils.clip_grad_norm_(self._updated, self.recipe.clip_norm)
+            nn.utils.clip_grad_norm_(self._updated, self.recipe.clip_norm, foreach=_foreach(self.device))
         optimizer.step()
         self._loss_sum += loss.detach()
         self.context.cost.optimizer_steps += 1
@@ -235,10 +236,16 @@ def joined(first: Batch, second: Batch) -> Batch:
 
 def make_optimizer(recipe: Recipe, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
     """The recipe's optimizer."""
+    foreach = _foreach(parameters[0].device)
     if recipe.optimizer == "sgd":
-        return torch.optim.SGD(parameters, recipe.lr, recipe.momentum, weight_decay=recipe.weight_decay)
+        return torch.optim.SGD(parameters, recipe.lr, recipe.momentum, weight_decay=recipe.weight_decay, foreach=foreach)
     kind = torch.optim.Adam if recipe.optimizer == "adam" else torch.optim.AdamW
-    return kind(parameters, recipe.lr, weight_decay=recipe.weight_decay)
+    return kind(parameters, recipe.lr, weight_decay=recipe.weight_decay, foreach=foreach)
+
+
+def _foreach(device: torch.device) -> bool | None:
+    """One call for all tensors instead of one each, with the same results; PyTorch does so by itself on GPUs only."""
+    return True if device.type == "cpu" else None
 
 
 def learning_rate(recipe: Recipe, done: int, total: int) -> float:

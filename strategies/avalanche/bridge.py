@@ -75,7 +75,7 @@ class AvalancheStrategy(ABC, Generic[C]):
         with self.context.global_rng("avalanche", experience.index), _quiet():
             one = to_experience(experience, self.context.recipe, shared, self._seen)
             self._template.train(one, eval_streams=[])
-        self._seen |= one.classes_in_this_experience
+        self._seen.update(one.classes_in_this_experience)
         return {"loss": self._recipe.loss}
 
     def model(self) -> Model:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Set as AbstractSet
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -38,10 +37,14 @@ def to_avalanche(stream: Stream, fold: str = "all") -> CLScenario:
     if len(train) < len(chosen.train):
         raise InputError(f"stream {stream.name!r}: expected experiences with data, got experts; choose a data stream")
     test = [_test_set(eval_set, shared) for eval_set in chosen.evals]
-    return with_classes_timeline(with_task_labels(benchmark_from_datasets(train=train, test=test)))
+    benchmark = with_classes_timeline(with_task_labels(benchmark_from_datasets(train=train, test=test)))
+    for one in (*benchmark.train_stream, *benchmark.test_stream):
+        # A list, as Avalanche documents it: its own heads index with it, which they cannot with the set that it gives.
+        one.classes_in_this_experience = sorted(one.classes_in_this_experience)
+    return benchmark
 
 
-def to_experience(experience: DataExperience, recipe: Recipe, shared: bool, seen: AbstractSet[int]) -> DatasetExperience:
+def to_experience(experience: DataExperience, recipe: Recipe, shared: bool, seen: set[int]) -> DatasetExperience:
     """One experience, alone in its stream: what comes later is not known.
 
     Args:
@@ -53,9 +56,9 @@ def to_experience(experience: DataExperience, recipe: Recipe, shared: bool, seen
     dataset = _training_set(experience, recipe, shared)
     one = with_task_labels(DatasetExperience(dataset=dataset, current_experience=experience.index))
     one.origin_stream = CLStream("train", [one], set_stream_info=False)
-    one.classes_in_this_experience = set(dataset.targets.uniques)
+    one.classes_in_this_experience = sorted(dataset.targets.uniques)
     one.previous_classes = set(seen)
-    one.classes_seen_so_far = one.classes_in_this_experience | seen
+    one.classes_seen_so_far = seen.union(dataset.targets.uniques)
     return one
 
 

@@ -36,7 +36,7 @@ from shiftproof.datasets.digits import BiasedDigitsConfig, DigitsConfig, biased_
 from shiftproof.strategies.avalanche import to_avalanche
 from shiftproof.strategies.baselines.fine_tuning import FineTuning, FineTuningConfig
 from shiftproof.strategies.baselines.rehearsal import ExperienceReplay, ReplayConfig
-from shiftproof.strategies.training import learning_rate, make_optimizer
+from shiftproof.strategies.training import learning_rate
 
 PAIRS = 5
 EPOCHS = 6  # of the recipe's; a step costs the same in each
@@ -112,7 +112,7 @@ def steps_of(experience: DataExperience, recipe: Recipe) -> int:
 def bare_loop(net: Model, experience: DataExperience, context: RunContext) -> None:
     """What anybody would write for this recipe: no hooks, no memory, no checkpoints, no check of the loss."""
     recipe, data, task = context.recipe, experience.train, experience.task
-    optimizer = make_optimizer(recipe, list(net.parameters()))
+    optimizer = plain_sgd(net, recipe)
     total, done = steps_of(experience, recipe), 0
     net.train()
     for epoch in range(recipe.epochs):
@@ -123,6 +123,11 @@ def bare_loop(net: Model, experience: DataExperience, context: RunContext) -> No
                 group["lr"] = learning_rate(recipe, done, total)
             step(net, optimizer, recipe, x, y, task)
             done += 1
+
+
+def plain_sgd(net: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
+    """The recipe's optimizer as anybody would write it."""
+    return torch.optim.SGD(net.parameters(), recipe.lr, recipe.momentum, weight_decay=recipe.weight_decay)
 
 
 def step(net: Model, optimizer: torch.optim.Optimizer, recipe: Recipe, x: Tensor, y: Tensor, task: int | Tensor) -> None:
@@ -198,7 +203,7 @@ def avalanche_naive(model: nn.Module, recipe: Recipe, *plugins: Any) -> Any:
 
     return Naive(
         model=model,
-        optimizer=make_optimizer(recipe, list(model.parameters())),
+        optimizer=plain_sgd(model, recipe),
         train_mb_size=recipe.batch_size,
         train_epochs=recipe.epochs,
         evaluator=EvaluationPlugin(),
@@ -281,7 +286,7 @@ def against_bare_passes(stream: Stream, folder: Path) -> None:
 
     def passes() -> Callable[[], Any]:
         net = make_context(stream, folder).new_model()
-        optimizer = make_optimizer(recipe, list(net.parameters()))
+        optimizer = plain_sgd(net, recipe)
         generator = torch.Generator().manual_seed(0)
         batch = 2 * recipe.batch_size
         x = torch.rand(batch, *stream.input_shape, generator=generator)

@@ -6,7 +6,7 @@ import io
 import random
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ import pytest
 import torch
 from avalanche.evaluation.metrics import accuracy_metrics
 from avalanche.logging import TextLogger
-from avalanche.models import MultiTaskModule, avalanche_forward
+from avalanche.models import IncrementalClassifier, MultiHeadClassifier, MultiTaskModule, avalanche_forward
 from avalanche.training.plugins import EvaluationPlugin, ReplayPlugin
 from avalanche.training.storage_policy import ReservoirSamplingBuffer
 from avalanche.training.supervised import MAS, MER, Naive
@@ -469,7 +469,43 @@ def test_where_tasks_share_a_head_their_label_is_0_and_avalanche_knows_the_class
     benchmark = to_avalanche(replace(shared_head(), heads={3: 10}))
     first, second = benchmark.train_stream
     assert (first.task_labels, second.task_labels) == ([0], [0])
-    assert (second.classes_in_this_experience, second.previous_classes) == ({2, 3}, {0, 1})
+    assert (second.classes_in_this_experience, second.previous_classes) == ([2, 3], {0, 1})
+
+
+class OwnHeads(MultiTaskModule):  # type: ignore[misc]
+    """Our backbone under Avalanche's classifier for a head each."""
+
+    def __init__(self, stream: Stream) -> None:
+        super().__init__()
+        self.backbone = SmallConvNet(stream.input_shape)
+        self.classifier = MultiHeadClassifier(self.backbone.features)
+
+    def forward(self, x: Tensor, task_labels: Tensor) -> Tensor:
+        logits: Tensor = self.classifier(self.backbone(x), task_labels)
+        return logits
+
+
+def shared_own_head(stream: Stream) -> nn.Module:
+    """Our backbone under Avalanche's classifier that grows with the classes."""
+    backbone = SmallConvNet(stream.input_shape)
+    return nn.Sequential(backbone, IncrementalClassifier(backbone.features))
+
+
+@pytest.mark.parametrize(("build", "make_stream"), [(OwnHeads, two_heads), (shared_own_head, shared_head)])
+def test_avalanches_own_heads_learn_our_stream_with_its_replay(
+    build: Callable[[Stream], nn.Module], make_stream: Callable[..., Stream]
+) -> None:
+    stream = make_stream()
+    benchmark = to_avalanche(stream)
+    seed_all(0)
+    strategy = avalanche_naive(build(stream), ReplayPlugin(SAMPLES))
+    strategy.train_epochs = 30
+    for experience in benchmark.train_stream:
+        strategy.train(experience)
+    found = strategy.eval(benchmark.train_stream)
+    accuracies = [value for name, value in found.items() if name.startswith("Top1_Acc_Exp/")]
+    assert len(accuracies) == 2
+    assert min(accuracies) > 0.8
 
 
 def test_an_eval_set_of_several_tasks_keeps_each_samples_label() -> None:

@@ -365,6 +365,19 @@ def test_a_capacity_that_leaves_a_bin_nothing_is_refused() -> None:
         populate(buffer, torch.rand(20, generator=seeded()), seeded())
 
 
+def test_running_mode_inserts_nothing_once_a_bin_has_no_share_left() -> None:
+    buffer, generator = LossBinnedBuffer(7, bins=4, mode="running"), seeded()
+    offer(buffer, torch.rand(20, generator=generator), generator)
+    before = buffer.contents()
+    assert len(before) == 4
+    buffer.end_task()
+    offer(buffer, torch.rand(20, generator=generator), generator)
+    after = buffer.contents()
+    assert torch.equal(before.x, after.x)
+    buffer.end_task()
+    assert buffer.composition().sum(dim=1).tolist() == [4, 0]
+
+
 # what all of them share
 
 
