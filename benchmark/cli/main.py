@@ -78,10 +78,14 @@ def _one_line(ctx: Any) -> Iterator[None]:
         typer.echo("stopped; finished cells are kept, the same command goes on from here", err=True)
         raise typer.Exit(143 if isinstance(error, Terminated) else 130) from error
     except OSError as error:
-        if error.errno != errno.ENOSPC:  # a reader who has left is Typer's business
+        if error.errno == errno.ENAMETOOLONG:
+            told = f"expected a path, got {str(error.filename)[:40]!r}...: {error.strerror}; give a shorter one"
+        elif error.errno == errno.ENOSPC:
+            _give_up_output()
+            told = f"expected to write, got: {error.strerror}; free space or write elsewhere"
+        else:  # a reader who has left is Typer's business
             raise
-        _give_up_output()
-        typer.echo(f"error: expected to write, got: {error.strerror}; free space or write elsewhere", err=True)
+        typer.echo(f"error: {told}", err=True)
         raise typer.Exit(2) from error
     except _UsageError as error:
         where = getattr(getattr(error, "ctx", None), "command_path", "shiftproof")

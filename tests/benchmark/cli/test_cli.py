@@ -51,6 +51,7 @@ def test_the_version_is_that_of_the_package() -> None:
         (["run", "--jobs", "x"], "Invalid value for '--jobs'"),
         (["run", "--jobs", "abc"], "'abc'"),
         (["leaderboard"], "Missing command"),
+        (["experts", "import", "a" * 300], "expected a path, got 'aaa"),
     ],
 )
 def test_wrong_usage_is_one_line_and_ends_with_2(arguments: list[str], message: str) -> None:
