@@ -178,7 +178,7 @@ class TrainingStrategy(ABC, Generic[C]):
             parameter.grad = None
         loss.backward()
         if self.recipe.clip_norm:
-            nn.utils.clip_grad_norm_(self._updated, self.recipe.clip_norm, foreach=_foreach(self.device))
+            nn.utils.clip_grad_norm_(self._updated, self.recipe.clip_norm, foreach=_foreach(self._updated))
         optimizer.step()
         self._loss_sum += loss.detach()
         self.context.cost.optimizer_steps += 1
@@ -236,16 +236,16 @@ def joined(first: Batch, second: Batch) -> Batch:
 
 def make_optimizer(recipe: Recipe, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
     """The recipe's optimizer."""
-    foreach = _foreach(parameters[0].device)
+    foreach = _foreach(parameters)
     if recipe.optimizer == "sgd":
         return torch.optim.SGD(parameters, recipe.lr, recipe.momentum, weight_decay=recipe.weight_decay, foreach=foreach)
     kind = torch.optim.Adam if recipe.optimizer == "adam" else torch.optim.AdamW
     return kind(parameters, recipe.lr, weight_decay=recipe.weight_decay, foreach=foreach)
 
 
-def _foreach(device: torch.device) -> bool | None:
+def _foreach(parameters: list[nn.Parameter]) -> bool | None:
     """One call for all tensors instead of one each, with the same results; PyTorch does so by itself on GPUs only."""
-    return True if device.type == "cpu" else None
+    return True if all(parameter.device.type == "cpu" for parameter in parameters) else None
 
 
 def learning_rate(recipe: Recipe, done: int, total: int) -> float:
