@@ -37,7 +37,7 @@ def place_labels(points: Array, sizes: Array, obstacles: Array, frame: Array, un
             cost = 4 * _overlap(candidates, others).sum(1) + _overlap(candidates, obstacles).sum(1) + 8 * outside
             # A label that covers nothing but stands far off is worse than one that touches an error bar.
             cost = cost / float(size.prod()) + 0.01 * distances / unit
-            boxes[place] = candidates[int(cost.argmin())]
+            boxes[place] = candidates[int(np.argmin(cost))]
     return boxes[:, :2]
 
 
