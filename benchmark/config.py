@@ -130,16 +130,22 @@ def split_overrides(items: Iterable[str], owners: Mapping[str, Iterable[str]]) -
         For every owner its (key, value) pairs, in the order they were given.
 
     Raises:
-        InputError: If an override is not of that form, its scope or key is unknown, or several owners have the bare key.
+        InputError: If an override is not of that form, its scope or key is unknown, several owners have the bare key, or one
+            knob is given two values: which of them was meant, nobody can tell.
     """
     fields = {owner: list(names) for owner, names in owners.items()}
     sorted_pairs: dict[str, Pairs] = {owner: [] for owner in fields}
+    given: dict[tuple[tuple[str, ...], str], str] = {}
     for item in items:
         target, equals, value = item.partition("=")
         scope, dot, key = target.rpartition(".")
         if not equals or not key:
             raise InputError(f"expected an override like SCOPE.KEY=VALUE, got {item!r}; write for example recipe.epochs=4")
-        for owner in _reached(scope, key, value, fields) if dot else _only_owner(key, value, fields):
+        reached = _reached(scope, key, value, fields) if dot else _only_owner(key, value, fields)
+        before = given.setdefault((tuple(reached), key), value)
+        if before != value:
+            raise InputError(f"expected one value for {target}, got two: {before} and {value}; leave one out")
+        for owner in reached:
             sorted_pairs[owner].append((key, value))
     return sorted_pairs
 

@@ -16,7 +16,6 @@ from shiftproof.benchmark.cli.analyses import (
     show_progress,
     transports_from,
 )
-from shiftproof.benchmark.cli.console import distinct
 from shiftproof.benchmark.cli.run import DataRoot, PluginFiles
 
 app = typer.Typer(help="Look at experts, and at what lies between them.", rich_markup_mode=None)
@@ -28,7 +27,7 @@ Seed = Annotated[int, typer.Option("--seed", help="Seed of the experts.")]
 FoldName = Annotated[str, typer.Option("--fold", help="Only this fold of the stream; all if not given.")]
 Overrides = Annotated[
     list[str],
-    typer.Option("--set", metavar="SCOPE.KEY=VALUE", help="Set a knob of stream, recipe or base.", callback=distinct),
+    typer.Option("--set", metavar="SCOPE.KEY=VALUE", help="Set a knob of stream, recipe or base."),
 ]
 Layers = Annotated[str, typer.Option("--layers", metavar="PART", help="Only matrices whose name contains this.")]
 Methods = Annotated[str, typer.Option("--strategy", metavar="T[@PRESET],T2", help="Methods that align two releases.")]

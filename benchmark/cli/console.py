@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from shiftproof.benchmark.errors import InputError, Terminated
+from shiftproof.benchmark.errors import Terminated
 from shiftproof.benchmark.registry.catalogue import Catalogue, read_catalogue
 
 if TYPE_CHECKING:
@@ -83,23 +83,6 @@ def counted(count: int, what: str) -> str:
     ('1 cell', '2 cells')
     """
     return f"{count} {what}{'' if count == 1 else 's'}"
-
-
-def distinct(items: list[str]) -> list[str]:
-    """What `--set` was given, unless one knob has two values: which of them was meant, nobody can tell.
-
-    Args:
-        items: "SCOPE.KEY=VALUE".
-
-    Raises:
-        InputError: Naming the first such knob.
-    """
-    given: dict[str, str] = {}
-    for item in items:
-        target, _, value = item.partition("=")
-        if given.setdefault(target, value) != value:
-            raise InputError(f"expected one value for {target}, got two: {given[target]} and {value}; leave one out")
-    return items
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from shiftproof.benchmark.cli.analyses import show_progress
-from shiftproof.benchmark.cli.console import catalogue, distinct, print_table
+from shiftproof.benchmark.cli.console import catalogue, print_table
 from shiftproof.benchmark.cli.run import DataRoot, PluginFiles, check_device, chosen_device, parse_seeds, registry_for
 from shiftproof.benchmark.contracts import EXPERT_TRAINER
 from shiftproof.benchmark.folders import cache_folder
@@ -28,7 +28,7 @@ app = typer.Typer(help="Fine-tuned experts: make them ahead of runs, see what th
 StreamName = Annotated[str, typer.Argument(metavar="STREAM", help="A stream with data.")]
 Overrides = Annotated[
     list[str],
-    typer.Option("--set", metavar="SCOPE.KEY=VALUE", help="Set a knob of stream, recipe or base.", callback=distinct),
+    typer.Option("--set", metavar="SCOPE.KEY=VALUE", help="Set a knob of stream, recipe or base."),
 ]
 Device = Annotated[str, typer.Option("--device", help="What experts are made on: auto, cpu or cuda.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bar.")]

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from shiftproof.benchmark.cli.console import distinct, heavy_imports, print_table
+from shiftproof.benchmark.cli.console import heavy_imports, print_table
 from shiftproof.benchmark.cli.method import strategy_named
 from shiftproof.benchmark.cli.run import DEVICES, PluginFiles, chosen_device
 from shiftproof.benchmark.errors import InputError
@@ -32,9 +32,7 @@ def merge(
     base: Annotated[Path, typer.Option(help="Before fine-tuning: *.safetensors, its index or folder, *.pt, *.pth, *.bin.")],
     expert: Annotated[list[Path], typer.Option(help="After it; give one for each expert.")],
     out: Annotated[Path, typer.Option(help="merged.safetensors, or for a sharded base a folder.")],
-    overrides: Annotated[
-        list[str], typer.Option("--set", metavar="KEY=VALUE", help="Set a knob; may be repeated.", callback=distinct)
-    ] = [],  # noqa: B006
+    overrides: Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="Set a knob; may be repeated.")] = [],  # noqa: B006
     device: Annotated[str, typer.Option(help="Where to compute: cpu, cuda or auto.")] = "cpu",
     dtype: Annotated[str, typer.Option(help="What to compute in: float32, float64 or auto.")] = "auto",
     jobs: Annotated[int | None, typer.Option(help="Threads, one tensor each; all processors if not given.")] = None,

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from shiftproof.benchmark.cli.console import catalogue, distinct, ended_by_sigterm
+from shiftproof.benchmark.cli.console import catalogue, ended_by_sigterm
 from shiftproof.benchmark.cli.facts import suite_of
 from shiftproof.benchmark.cli.report import print_plan, report, show_progress
 from shiftproof.benchmark.contracts import EXPERT_TRAINER, SuiteSpec
@@ -50,9 +50,7 @@ def run(
     stream: Annotated[str | None, typer.Option(help="Streams instead of a suite: S or S,S2.")] = None,
     strategy: Annotated[str | None, typer.Option(help="Their strategies: T[@PRESET] or T,T2.")] = None,
     seeds: Annotated[str | None, typer.Option(help="Seeds instead of the suite's own, such as 0,1,2.")] = None,
-    overrides: Annotated[
-        list[str], typer.Option("--set", metavar="SCOPE.KEY=VALUE", help="Set a knob; may be repeated.", callback=distinct)
-    ] = [],  # noqa: B006
+    overrides: Annotated[list[str], typer.Option("--set", metavar="SCOPE.KEY=VALUE", help="Set a knob; may be repeated.")] = [],  # noqa: B006
     jobs: Annotated[int, typer.Option(help="Cells at a time.")] = 1,
     executor: Annotated[str, typer.Option(help="How cells are run; `shiftproof list executors`.")] = "process",
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",

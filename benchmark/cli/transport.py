@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from shiftproof.benchmark.cli.console import distinct, heavy_imports, print_table
+from shiftproof.benchmark.cli.console import heavy_imports, print_table
 from shiftproof.benchmark.cli.method import strategy_named
 from shiftproof.benchmark.cli.run import PluginFiles
 from shiftproof.benchmark.errors import InputError
@@ -41,9 +41,7 @@ def transport(
     target_base: Annotated[Path, typer.Option(help="The new release.")],
     out: Annotated[Path, typer.Option(help="transported.safetensors, or for a sharded target a folder.")],
     alpha: Annotated[float | None, typer.Option(help="Scale of the task vector; the method's if not given.")] = None,
-    overrides: Annotated[
-        list[str], typer.Option("--set", metavar="KEY=VALUE", help="Set a knob; may be repeated.", callback=distinct)
-    ] = [],  # noqa: B006
+    overrides: Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="Set a knob; may be repeated.")] = [],  # noqa: B006
     heads: Annotated[int, typer.Option(help="Attention heads, which a checkpoint does not tell.")] = 0,
     specification: Annotated[Path | None, typer.Option(help="Permutations of an unknown architecture, as JSON.")] = None,
     save_alignment: Annotated[Path | None, typer.Option(help="Write the alignment, for other fine-tunings.")] = None,

@@ -101,8 +101,9 @@ def plan(
     Raises:
         InputError: If a name, a scope or a value is wrong.
     """
-    given = _scoped(registry, suite, [*suite.overrides, *overrides])
-    standard = _scoped(registry, suite, suite.overrides if suite.recipe else ())
+    own, more = (_scoped(registry, suite, items) for items in (suite.overrides, overrides))
+    given = {scope: [*own[scope], *more[scope]] for scope in own}
+    standard = own if suite.recipe else _scoped(registry, suite, ())
     cells: list[Cell] = []
     skipped: list[Skipped] = []
     for name in suite.streams:

@@ -188,18 +188,30 @@ OWNERS = {"lws": ["gamma", "bins"], "bpa": ["clusters", "gamma"], "stream": ["p_
 
 
 def test_scoped_overrides_go_to_their_owner_and_a_bare_key_to_its_only_one() -> None:
-    items = ["lws.gamma=0.5", "stream.p_corr=0.9", "recipe.epochs=4", "epochs=3", "clusters=a=b"]
+    items = ["lws.gamma=0.5", "stream.p_corr=0.9", "recipe.epochs=4", "epochs=4", "clusters=a=b"]
     assert split_overrides(items, OWNERS) == {
         "lws": [("gamma", "0.5")],
         "bpa": [("clusters", "a=b")],
         "stream": [("p_corr", "0.9")],
-        "recipe": [("epochs", "4"), ("epochs", "3")],
+        "recipe": [("epochs", "4"), ("epochs", "4")],
     }
 
 
 def test_a_bare_key_with_several_owners_lists_them_and_how_to_write_it() -> None:
     with pytest.raises(InputError, match=r"'gamma', got 2: bpa, lws; write bpa.gamma=1 or lws.gamma=1"):
         split_overrides(["gamma=1"], OWNERS)
+
+
+@pytest.mark.parametrize("again", ["lws.bins=2", "bins=2"])
+def test_a_knob_has_one_value_however_it_is_spelled(again: str) -> None:
+    with pytest.raises(InputError, match=rf"expected one value for {again[:-2]}, got two: 1 and 2; leave one out"):
+        split_overrides(["lws.bins=1", again], OWNERS)
+
+
+def test_a_preset_may_differ_from_what_its_strategy_is_given() -> None:
+    owners = {"lws": ["gamma"], "lws@released": ["gamma"]}
+    pairs = split_overrides(["lws.gamma=1", "lws@released.gamma=2"], owners)
+    assert pairs == {"lws": [("gamma", "1")], "lws@released": [("gamma", "1"), ("gamma", "2")]}
 
 
 def test_a_strategy_with_several_presets_is_one_owner() -> None:

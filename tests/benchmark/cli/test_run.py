@@ -158,6 +158,7 @@ def test_a_loose_file_brings_strategies_and_suites_into_worker_processes(
         (["toy", "--seeds", "4294967296"], "expected seeds of at most 4294967295, got 4294967296"),
         (["toy", "--seeds", "9" * 5000], "they go up to 4294967295"),
         (["toy", "--set", "toy.gamma=1", "--set", "toy.gamma=2"], "expected one value for toy.gamma, got two: 1 and 2"),
+        (["toy", "--set", "toy.gamma=1", "--set", "gamma=2"], "expected one value for gamma, got two: 1 and 2"),
         (["toy", "--set", "base.file=/nope"], "expected no base.file where base.kind is random, got '/nope'"),
         (["toy", "--stream", "toy-stream"], "got both: 'toy' beside them"),
         (["absent.toml"], "expected a suite in absent.toml, got: No such file"),
