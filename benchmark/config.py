@@ -67,6 +67,7 @@ def resolve(config: C, pairs: Iterable[tuple[str, str]], owner: str = "") -> C:
             now = show_value(getattr(config, key))
             wanted = type_text(hints[key])
             wanted = f"finite {wanted}" if "float" in wanted and _is_infinite(text) else wanted
+            wanted = f"{wanted} of 64 bits" if "int" in wanted and _is_huge(text) else wanted
             raise InputError(f"{prefix}{key}: expected {wanted}, got {text!r}; unset it is {now}") from error
     try:
         return dataclasses.replace(config, **changes)  # type: ignore[type-var]
@@ -207,9 +208,11 @@ def _parse(hint: Any, text: str) -> Any:
         raise ValueError(f"no value of {hint} can be written as text") from error
     for value in _spellings(text):
         try:
-            return adapter.validate_strings(value) if value is text else adapter.validate_python(value)
+            found = adapter.validate_strings(value) if value is text else adapter.validate_python(value)
         except (ValidationError, TypeError):
             continue
+        if not (isinstance(found, int) and _is_huge(str(found))):
+            return found
     raise ValueError(text)
 
 
@@ -219,6 +222,11 @@ def _is_infinite(text: str) -> bool:
         return not math.isfinite(float(text))
     except ValueError:
         return False
+
+
+def _is_huge(text: str) -> bool:
+    """True for an integer that no tensor can hold."""
+    return re.fullmatch(r"-?\d+", text) is not None and (len(text) > 20 or not -(2**63) <= int(text) < 2**63)
 
 
 def _spellings(text: str) -> list[Any]:

@@ -22,8 +22,8 @@ DIGITS = (
     "lff",
     "lws",
 )
-PRESETS = ("lws@released", "bpa@released", "gdro@released", "george@released")
-AVALANCHE = ("avalanche-replay", "avalanche-ewc", "avalanche-lwf", "avalanche-agem", "avalanche-gem")
+PRESETS = ("lws@released", "bpa@released", "bpa-replay@released", "gdro@released", "george@released", "bgs@paper")
+AVALANCHE = ("avalanche-naive", "avalanche-replay", "avalanche-ewc", "avalanche-lwf", "avalanche-agem", "avalanche-gem")
 REFERENCES = ("zero-shot", "experts", "ensemble")
 MERGES = (
     "weight-average",
@@ -33,6 +33,7 @@ MERGES = (
     "ties",
     "ties@thesis",
     "pcb",
+    "pcb@standalone",
     "fisher",
     "regmean",
     "tsv",
@@ -87,7 +88,7 @@ def shiftproof_suites() -> list[SuiteSpec]:
         ),
         SuiteSpec(
             "domains",
-            "every merge and every strategy that trains without groups, each domain of the digits held out, three seeds",
+            "every merge and every strategy that trains without groups but Avalanche's, each domain held out, three seeds",
             ("digits-domains",),
             (*REFERENCES, *MERGES, *LEARNERS),
         ),

@@ -56,9 +56,9 @@ def layout(header: Sequence[str], rows: Sequence[Sequence[str]], width: int | No
     Args:
         width: Columns to stay within by breaking cells other than the first of a row; None for no limit.
 
-    >>> print(layout(["name", "what"], [["er", "replay from a reservoir"]], 20))
+    >>> print(layout(["name", "what"], [["er", "replay from a reservoir"]], 22))
     name  what
-    ----  --------------
+    ----  ----------------
     er    replay from a
           reservoir
     """

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from shiftproof.benchmark.registry.lookup import Registry
     from shiftproof.benchmark.running.matrix import Outcome, Plan, RunOptions, Step
 
+HOUR = 3600.0  # seconds of cells by which the time that is left is estimated
+
 
 def print_plan(plan: Plan, states: Sequence[str], rerun: bool) -> None:
     """The table of cells with their states, and of what is skipped with its reason."""
@@ -46,12 +48,14 @@ def show_progress(quiet: bool) -> Iterator[Callable[[Step], None] | None]:
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    with Progress(*columns, console=Console(stderr=True), transient=True, speed_estimate_period=HOUR) as bar:
         task = bar.add_task("cells", total=None)
 
         def advance(step: Step) -> None:
-            request = step.cell.request
-            said = f"{request.label} on {request.stream}, seed {request.seed}: {step.status}"
+            said = "cells"
+            if step.cell is not None:
+                request = step.cell.request
+                said = f"{request.label} on {request.stream}, seed {request.seed}: {step.status}"
             bar.update(task, completed=step.done, total=step.total, description=said)
 
         yield advance

@@ -89,7 +89,7 @@ def cost_of(merging: Merging, base: Checkpoint) -> Cost:
     copied = sum(base.nbytes(name) for name in names if merging.rule(name)[0] == "copied")
     written = sum(base.nbytes(name) for name in names)
     held = sorted((merging.held(name, RUN if merging.method.rounds else merging.run_of_merge) for name in names), reverse=True)
-    most = max(held[0], min(sum(held[: merging.jobs]), IN_FLIGHT * merging.jobs))
+    most = max(held[0], min(sum(held[: merging.jobs]), IN_FLIGHT))
     read = own * merging.method.rounds * models + (written - copied) * models + copied
     return Cost(read, written, merging.method.rounds + 1, most)
 

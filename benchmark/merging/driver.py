@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
+from numpy.linalg import LinAlgError
 from torch import Tensor
 
 from shiftproof.benchmark.errors import InputError
@@ -22,7 +23,7 @@ STATISTICS = ("running_mean", "running_var")  # of normalization layers; a sum o
 SAME = "no expert differs from the base"
 RUN = 1 << 20  # elements that `scan` is handed at a time: each call has a cost of its own, such as a histogram
 OVERFLOW = "without overflow"  # how torch tells that a number of Python's does not fit a dtype
-IN_FLIGHT = 128 * 2**20  # bytes for each thread that all of them share, unless one tensor alone takes more
+IN_FLIGHT = 256 * 2**20  # bytes that all threads share, however many, unless one tensor alone takes more
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,7 @@ class Merging:
                 facts = self.method.combine(found, facts)
                 position += 1
             held = (lambda name: self.held(name, self.run_of_merge)) if blocks else self.held
-            rows = {row.name: row for row in mapped(finish, names, held, self.jobs, IN_FLIGHT * self.jobs)}
+            rows = {row.name: row for row in mapped(finish, names, held, self.jobs, IN_FLIGHT)}
         return [rows[name] for name in self.base.names()]
 
     def _scan(
@@ -139,7 +140,7 @@ class Merging:
                 progress(name)
             return found
 
-        found = mapped(scan, items, lambda item: self.held(item[0], steps[item[0]]), self.jobs, IN_FLIGHT * self.jobs)
+        found = mapped(scan, items, lambda item: self.held(item[0], steps[item[0]]), self.jobs, IN_FLIGHT)
         partials = dict(zip(items, found, strict=True))
         return {f"{name}[{start}:]" if start else name: partials[name, start] for name, start in sorted(partials)}
 
@@ -216,13 +217,15 @@ class Merging:
         return row
 
     def _by_method(self, name: str, base: Tensor, experts: Sequence[Tensor], facts: Any) -> Tensor:
+        expected = f"expected a finite merge of {name!r}"
         try:
             return self.method.merge(name, base, experts, facts)
-        except RuntimeError as error:
-            if OVERFLOW not in str(error):
+        except (RuntimeError, LinAlgError) as error:
+            if OVERFLOW in str(error):
+                raise InputError(f"{expected}, got a factor that {base.dtype} cannot hold; take a smaller one") from error
+            if all(is_finite(expert - base) for expert in experts):
                 raise
-            what = f"expected a finite merge of {name!r}, got a factor that {base.dtype} cannot hold"
-            raise InputError(f"{what}; take a smaller one") from error
+            raise InputError(f"{expected}, got an expert that is farther from the base than {base.dtype} can hold") from error
 
     def _merged(self, name: str, base: Tensor, experts: Sequence[Tensor], facts: Any) -> Tensor:
         """Of a tensor or a run of its elements, in the base's dtype and back from the device."""

@@ -126,5 +126,6 @@ def describe_failure(failure: BaseException, where: str, module: str) -> dict[st
     own = [frame for frame in frames if frame.filename == getattr(sys.modules.get(module), "__file__", None)]
     last = (own or list(frames))[-1]
     place = f"{Path(last.filename).name}:{last.lineno} in {last.name}"
-    message = without_paths(" ".join(str(failure).split()))
+    text = str(failure).partition("\nException raised from ")[0]  # after which torch lists the frames of its own code
+    message = without_paths(" ".join(text.split()))
     return {"type": type(failure).__name__, "message": message, "where": f"{where}, {place}"}

@@ -81,12 +81,12 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Step:
-    """Told after every cell, for progress bars."""
+    """Told before the first cell, without one, and after every cell; for progress bars."""
 
     done: int
     total: int
-    cell: Cell
-    status: str
+    cell: Cell | None = None
+    status: str = ""
 
 
 def plan(
@@ -151,6 +151,8 @@ def run_plan(plan: Plan, registry: Registry, options: RunOptions, progress: Call
             outcome.failed.append(stored)
         else:
             outcome.reused += 1
+    if progress is not None:
+        progress(Step(0, len(waiting)))
     executor = registry.executor(options.executor).build()
     for done, result in enumerate(_results(executor.run, waiting, options.jobs), start=1):
         cell = by_id[result.run_id]

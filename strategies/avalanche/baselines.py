@@ -1,6 +1,6 @@
 """Avalanche's own strategies under the stream's recipe. Knobs bear Avalanche's names.
 
-Memories are of the size of `er`, 512 samples or 64 for each of eight tasks, so that rows of a board compare.
+Memories are of the size of `er`, 1024 samples or 128 for each of eight tasks, so that rows of a board compare.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class NaiveConfig:
 class ReplayConfig:
     """Knobs of Avalanche's ReplayPlugin."""
 
-    mem_size: Annotated[int, Ge(1)] = 512  # samples, as in `er`; Avalanche: 200
+    mem_size: Annotated[int, Ge(1)] = 1024  # samples, as in `er`; Avalanche: 200
     batch_size_mem: Annotated[int, Ge(0)] = 0  # samples a step; 0 = the recipe's batch size, as in Avalanche
 
 
@@ -51,7 +51,7 @@ class LwfConfig:
 class AgemConfig:
     """Knobs of Avalanche's AGEMPlugin."""
 
-    patterns_per_exp: Annotated[int, Ge(1)] = 64  # stored of each experience; Avalanche has no default
+    patterns_per_exp: Annotated[int, Ge(1)] = 128  # stored of each experience; Avalanche has no default
     sample_size: Annotated[int, Ge(1)] = 64  # for the reference gradient, at least one of each experience; Avalanche: 64
 
 
@@ -59,7 +59,7 @@ class AgemConfig:
 class GemConfig:
     """Knobs of Avalanche's GEMPlugin."""
 
-    patterns_per_exp: Annotated[int, Ge(1)] = 64  # stored of each experience; Avalanche has no default
+    patterns_per_exp: Annotated[int, Ge(1)] = 128  # stored of each experience; Avalanche has no default
     memory_strength: Annotated[float, Ge(0)] = 0.5  # margin of the constraints (gamma in the paper); Avalanche: 0.5
 
 

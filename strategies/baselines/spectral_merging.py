@@ -11,7 +11,7 @@ from annotated_types import Ge, Le
 from torch import Tensor
 
 from shiftproof.benchmark import ExpertExperience, StrategySpec, hookimpl
-from shiftproof.strategies.linalg import leading_triplets, polar_factor, textbook_triplets
+from shiftproof.strategies.linalg import Triplets, leading_triplets, polar_factor, textbook_triplets
 from shiftproof.strategies.merging.spectral import SpectralConfig, SpectralMerge
 from shiftproof.strategies.subspaces import SharedBasis, changed, joined_basis, leave_one_out, padded_basis, shared_basis
 
@@ -120,12 +120,20 @@ def iso_cts(deltas: Sequence[Tensor], common: float = 0.8, route: Route = "gram"
     rank = min(deltas[0].shape)
     own = specific_rank(rank, len(active), common)
     total = torch.stack(list(deltas)).sum(dim=0)
-    shared = triplets(total, rank - own * len(active))
-    beside = [delta - shared.u @ (shared.u.T @ delta) for delta in active] if own else []
-    # The experts' own directions come first, the common ones last.
-    factors = [*(triplets(delta, own) for delta in beside), shared]
+    factors: list[Triplets] = []
+    if count := rank - own * len(active):
+        factors.append(triplets(total, count))
+    if own:
+        beside = [_beside(delta, factors[0].u, is_textbook) for delta in active] if factors else active
+        # The experts' own directions come first, the common ones last.
+        factors = [*(triplets(delta, own) for delta in beside), *factors]
     basis = padded_basis(factors) if is_textbook else joined_basis(factors)
     return basis.left @ basis.right.T * (basis.s.sum() / basis.rank)
+
+
+def _beside(delta: Tensor, u: Tensor, is_textbook: bool) -> Tensor:
+    """(m, n) a delta without what lies in the span of (m, k) u; the textbook multiplies from left to right, as written."""
+    return delta - (u @ u.T @ delta if is_textbook else u @ (u.T @ delta))
 
 
 def specific_rank(rank: int, experts: int, common: float) -> int:

@@ -28,9 +28,9 @@ from bench_training_loop import (  # type: ignore[import-not-found]  # beside th
     experiences,
     make_context,
     measure,
-    multi_head,
     report,
     steps_of,
+    with_our_heads,
 )
 
 from shiftproof.benchmark import Stream
@@ -57,7 +57,7 @@ def bridge_against_plain(stream: Stream, folder: Path) -> None:
         return lambda: strategy.learn(first)
 
     def plain() -> Callable[[], Any]:
-        strategy = avalanche_naive(multi_head(make_context(stream, folder).new_model()), stream.recipe)
+        strategy = avalanche_naive(with_our_heads(make_context(stream, folder).new_model()), stream.recipe)
         return lambda: strategy.train(theirs)
 
     report("avalanche-naive / Avalanche's Naive", alternate(bridged, plain), "", steps_of(first, stream.recipe))

@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import pytest
+import torch
 
-from shiftproof.benchmark.merging.disk import reason, summary
-from shiftproof.benchmark.merging.driver import SAME, TensorRow
+from shiftproof.benchmark.merging.disk import cost_of, reason, summary
+from shiftproof.benchmark.merging.driver import IN_FLIGHT, SAME, Merging, TensorRow
+from shiftproof.benchmark.merging.sources import InMemory
 
 
 @pytest.fixture
@@ -51,3 +53,17 @@ def test_a_method_that_averages_everything_needs_no_reason(spectral: Any) -> Non
 def test_rows_are_summed_by_rule_and_reason_the_largest_first(spectral: Any) -> None:
     rows = [TensorRow("b", (4,), "average"), TensorRow("c", (5,), "average"), TensorRow("conv", (4, 3, 3, 3), "average")]
     assert summary(rows, spectral) == [("average", "4-dimensional", 1, 108), ("average", "1-dimensional", 2, 9)]
+
+
+def test_more_threads_hold_no_more(spectral: Any) -> None:
+    """Sixteen matrices of 16 MiB in three models: two at a time or twenty, they share one bound."""
+
+    class Stored(InMemory):
+        def nbytes(self, name: str) -> int:
+            return self.read(name).nbytes
+
+    states = [{f"{position}.w": torch.zeros(1, 1).expand(2048, 2048) for position in range(16)} for _ in range(3)]
+    base, *experts = (Stored(state) for state in states)
+    on_disk: Any = base
+    memory = {jobs: cost_of(Merging(spectral, base, experts, jobs=jobs), on_disk).memory for jobs in (1, 2, 20)}
+    assert memory[1] < memory[2] < memory[20] == IN_FLIGHT

@@ -16,6 +16,7 @@ from shiftproof.benchmark.merging import driver
 from shiftproof.benchmark.merging.driver import RUN, Merging, TensorRow, mean, merge_states, spectral_share
 from shiftproof.benchmark.merging.method import MergeMethod
 from shiftproof.benchmark.merging.sources import BLOCK, InMemory
+from shiftproof.benchmark.registry.lookup import load_registry
 
 State = dict[str, Tensor]
 
@@ -397,3 +398,13 @@ def test_the_spectral_share_counts_parameters() -> None:
     shares: Callable[..., float] = spectral_share
     assert shares(Largest(), {"a": (3, 4), "b": (4,), "c": ()}) == 12 / 17
     assert shares(Largest(), {}) == 0.0
+
+
+@pytest.mark.parametrize("label", ["tsv", "tsv@released", "score", "iso-c", "iso-cts"])
+def test_a_difference_that_the_dtype_cannot_hold_is_refused(label: str) -> None:
+    spec, _, config = load_registry(("spectral-merging", "score")).strategy(label)
+    made = [{"w": torch.full((4, 4), value)} for value in (-3e38, 3e38, 2.7e38)]
+    with pytest.raises(
+        InputError, match=r"merge of 'w', got an expert that is farther from the base than torch\.float32"
+    ):
+        merge_states(spec.build(config, None), made[0], made[1:])

@@ -16,6 +16,7 @@ from shiftproof.strategies.baselines.spectral_merging import (
     IsoC,
     IsoCts,
     IsoCtsConfig,
+    Route,
     SpectralRouteConfig,
     Tsv,
     iso_c,
@@ -193,3 +194,43 @@ def test_released_takes_the_textbook_route() -> None:
     given = deltas(20, 16, 3, torch.float32)
     method = IsoCts(IsoCtsConfig(route="textbook"))
     assert torch.equal(method.merge_matrices(given), iso_cts(given, route="textbook"))
+
+
+@pytest.mark.parametrize("shape", [(24, 16), (16, 24), (18, 18)])
+@pytest.mark.parametrize(("dtype", "tolerance"), DTYPES)
+def test_iso_cts_without_common_directions_are_the_experts_own(
+    shape: tuple[int, int], dtype: torch.dtype, tolerance: float
+) -> None:
+    given, own = deltas(*shape, 2, dtype), min(shape) // 2
+    factors = [np.linalg.svd(one.double().numpy(), full_matrices=False) for one in given]
+    left = np.hstack([u[:, :own] for u, _, _ in factors])
+    right = np.hstack([vh[:own].T for _, _, vh in factors])
+    expected = np.concatenate([s[:own] for _, s, _ in factors]).mean() * polar(left) @ polar(right).T
+    routes: tuple[Route, ...] = ("gram", "textbook")
+    for route in routes:
+        assert relative(iso_cts(given, 0.0, route), expected) < tolerance
+
+
+def test_iso_cts_of_a_row_that_one_expert_changed_is_that_row() -> None:
+    """One direction is all there is; rounding leaves it to the expert and none to the sum."""
+    row = torch.randn(1, 16, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(iso_cts([row, torch.zeros_like(row)]), row)
+
+
+@pytest.mark.parametrize("shape", [(64, 64), (96, 64), (64, 96)])
+@pytest.mark.parametrize("experts", [2, 3, 5])
+def test_released_iso_cts_rounds_as_its_products_are_written(shape: tuple[int, int], experts: int) -> None:
+    """Flat spectra, where in float32 the order of two products shows."""
+    generator = torch.Generator().manual_seed(experts)
+    given = [torch.randn(shape, generator=generator) for _ in range(experts)]
+    own = specific_rank(min(shape), experts, 0.8)
+    u, s, vh = torch.linalg.svd(sum(given[1:], given[0]), full_matrices=False)
+    u, s, vh = u[:, : min(shape) - own * experts], s[: min(shape) - own * experts], vh[: min(shape) - own * experts]
+    lefts, values, rights = [], [], []
+    for one in given:
+        p, t, qh = torch.linalg.svd(one - u @ u.T @ one, full_matrices=False)
+        lefts, values, rights = [*lefts, p[:, :own]], [*values, t[:own]], [*rights, qh[:own]]
+    sides = (torch.hstack([*lefts, u]), torch.vstack([*rights, vh]))
+    left, right = (p @ qh for p, _, qh in (torch.linalg.svd(side, full_matrices=False) for side in sides))
+    expected = torch.linalg.multi_dot([left, torch.diag(torch.cat([*values, s]).mean().expand(left.shape[1])), right])
+    assert relative(iso_cts(given, 0.8, "textbook"), expected) < 2e-6
