@@ -1,4 +1,4 @@
-"""The conformance kit for pytest: `pytest_plugins = ["shiftproof.benchmark.pytest_plugin"]` in a conftest.py.
+"""The conformance kit for pytest: `pytest -p shiftproof.benchmark.pytest_plugin`, or the same in `addopts`.
 
 ```python
 def test_my_strategy_conforms(conformance):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -83,3 +85,31 @@ def test_learns_new_classes_of_a_shared_head_whose_task_is_not_0(label: str, tmp
     assert record.results is not None
     answered = [[[total for _, total in counts] for counts in row] for row in record.results["counts"]]
     assert all(sum(totals) == 64 for row in answered for totals in row)
+
+
+LAZY = """
+from dataclasses import dataclass
+from shiftproof.benchmark import DataExperience, StrategySpec, hookimpl
+from shiftproof.strategies import TrainingStrategy
+
+@dataclass(frozen=True)
+class Config:
+    pass
+
+class Lazy(TrainingStrategy[Config]):
+    def loss(self, batch):
+        return self.logits(batch).mean() * float("nan")
+
+@hookimpl
+def shiftproof_strategies():
+    return [StrategySpec("lazy", Lazy, Config, DataExperience, "nobody, 2026")]
+"""
+
+
+def test_the_fixture_for_pytest_fails_with_what_the_kit_finds(tmp_path: Path) -> None:
+    (tmp_path / "lazy.py").write_text(LAZY)
+    (tmp_path / "test_lazy.py").write_text("def test_lazy(conformance):\n    conformance('lazy', ['lazy.py'])\n")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "shiftproof.benchmark.pytest_plugin"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 1, done.stdout
+    assert "AssertionError: finishes the planted stream: " in done.stdout

@@ -155,6 +155,24 @@ def test_the_transport_that_a_readme_prints_transports_checkpoints(place: Path) 
     torch.testing.assert_close((out - new)[by_rank[1]], (tuned - old)[by_rank[0]])
 
 
+def test_the_strategy_of_avalanche_that_a_readme_prints_runs(place: Path) -> None:
+    (example,) = (text for text in blocks(ROOT / "plugins" / "README.md", "python") if "SynapticConfig" in text)
+    (place / "synaptic.py").write_text(example)
+    words = ["run", "--stream", "split-digits", "--strategy", "synaptic", "--plugin", "synaptic.py", "--out", "runs/synaptic"]
+    done = shell([SHIFTPROOF, *shortened([SHIFTPROOF, *words])[1:]], place)
+    assert done.returncode == 0, done.stderr
+
+
+def test_what_a_readme_prints_trains_in_avalanches_loop(place: Path) -> None:
+    (example,) = (text for text in blocks(ROOT / "plugins" / "README.md", "python") if "to_avalanche" in text)
+    said = "\nprint(results['Top1_Acc_Stream/eval_phase/test_stream/Task000'], len(replay.storage_policy.buffer))"
+    done = shell([sys.executable, "-W", "ignore", "-c", example + said], place)
+    assert done.returncode == 0, done.stderr
+    accuracy, stored = map(float, done.stdout.splitlines()[-1].split())
+    assert accuracy > 0.2  # chance is 0.1, and 0.2 is what the last of five tasks alone would give
+    assert 0 < stored <= 200
+
+
 def test_the_specification_that_a_readme_prints_is_one(tmp_path: Path) -> None:
     from shiftproof.benchmark.transporting.notation import read_specification
 

@@ -33,7 +33,8 @@ def refused(*arguments: str) -> str:
 
 
 def test_help_names_every_command() -> None:
-    commands = ("run", "list", "show", "plugins", "new-strategy", "check", "doctor", "data", "leaderboard", "experts")
+    commands = ["run", "list", "show", "plugins", "new-strategy", "check", "doctor", "data", "leaderboard", "experts"]
+    commands += ["merge", "transport", "analyze"]
     assert [command for command in commands if f"  {command} " not in call("--help").stdout] == []
     assert call().stdout == call("--help").stdout
 

@@ -404,7 +404,5 @@ def test_the_spectral_share_counts_parameters() -> None:
 def test_a_difference_that_the_dtype_cannot_hold_is_refused(label: str) -> None:
     spec, _, config = load_registry(("spectral-merging", "score")).strategy(label)
     made = [{"w": torch.full((4, 4), value)} for value in (-3e38, 3e38, 2.7e38)]
-    with pytest.raises(
-        InputError, match=r"merge of 'w', got an expert that is farther from the base than torch\.float32"
-    ):
+    with pytest.raises(InputError, match=r"merge of 'w', got an expert that is farther from the base than torch\.float32"):
         merge_states(spec.build(config, None), made[0], made[1:])
