@@ -11,19 +11,20 @@ from typing import Any
 from matplotlib import style
 from matplotlib.axes import Axes
 
-from shiftproof.benchmark.analysis.canvas import blank, footnote, save, short
-from shiftproof.benchmark.boards.figures import STYLE
-from shiftproof.benchmark.records import write_atomically
+from shiftproof.benchmark.analysis.canvas import blank, footnote, short
+from shiftproof.benchmark.boards.figures import STYLE, png
+from shiftproof.benchmark.records import write_together
 from shiftproof.benchmark.transporting.diagnostics import WHOLE, LayerMatch, Moved
 
 ROW = 0.17  # inches a layer or permutation
 
 
 def write_alignment(layers: Sequence[LayerMatch], moved: Sequence[Moved], folder: Path) -> list[Path]:
-    """`alignment.json` and `alignment.png`."""
-    numbers = folder / "alignment.json"
-    write_atomically(numbers, json.dumps(alignment_json(layers, moved), indent=1, allow_nan=False) + "\n")
-    return [numbers, draw_alignment(layers, moved, folder / "alignment.png")]
+    """`alignment.json` and `alignment.png`, or nothing."""
+    text = json.dumps(alignment_json(layers, moved), indent=1, allow_nan=False) + "\n"
+    files: dict[Path, str | bytes] = {folder / "alignment.json": text, folder / "alignment.png": draw_alignment(layers, moved)}
+    write_together(files)
+    return list(files)
 
 
 def alignment_json(layers: Sequence[LayerMatch], moved: Sequence[Moved]) -> dict[str, Any]:
@@ -35,7 +36,7 @@ def alignment_json(layers: Sequence[LayerMatch], moved: Sequence[Moved]) -> dict
     }
 
 
-def draw_alignment(layers: Sequence[LayerMatch], moved: Sequence[Moved], path: Path) -> Path:
+def draw_alignment(layers: Sequence[LayerMatch], moved: Sequence[Moved]) -> bytes:
     """Similarity of each layer as it is, aligned and at random, beside the share of units that each permutation moves."""
     with style.context(["default", STYLE], after_reset=True):
         figure = blank(10.0, 1.6 + ROW * max(len(layers), len(moved)))
@@ -43,7 +44,7 @@ def draw_alignment(layers: Sequence[LayerMatch], moved: Sequence[Moved], path: P
         _similarities(left, layers)
         _shares(right, moved)
         footnote(figure, "Layers in the order of depth. A random permutation of n units moves 1 - 1/n of them in the mean.")
-        return save(figure, path)
+        return png(figure)
 
 
 def _similarities(axes: Axes, layers: Sequence[LayerMatch]) -> None:

@@ -1,10 +1,8 @@
-"""What the pictures of analyses share: a blank figure, its panels, labels, and how it is written."""
+"""What the pictures of analyses share: a blank figure, its panels, and labels."""
 
 from __future__ import annotations
 
-import io
 import math
-from pathlib import Path
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -12,10 +10,12 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from shiftproof.benchmark.boards.figures import CAPTION, DPI, STYLE
-from shiftproof.benchmark.records import write_atomically
 
 PLAIN: dict[str, Any] = {**STYLE, "axes.grid": False, "axes.spines.top": True, "axes.spines.right": True}
 """Style of heat maps."""
+
+Pictures = dict[str, bytes]
+"""Name of a file to the PNG that is to be written there."""
 
 NOTHING = "#e6e6e6"  # colour of cells without a value
 LENGTH = 34  # characters of a label
@@ -61,12 +61,3 @@ def short(name: str, length: int = LENGTH) -> str:
     if len(".".join(kept.values())) > length:
         return f"...{name[-length:]}"
     return "".join(("" if not place else "." if place - 1 in kept else "...") + part for place, part in kept.items())
-
-
-def save(figure: Figure, path: Path) -> Path:
-    """Write a figure, whole or not at all."""
-    buffer = io.BytesIO()
-    # The version of matplotlib, which it would write into the file, is no part of the picture.
-    figure.savefig(buffer, format="png", dpi=DPI, metadata={"Software": None})
-    write_atomically(path, buffer.getvalue())
-    return path

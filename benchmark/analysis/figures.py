@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 from matplotlib import style
@@ -15,9 +14,10 @@ from matplotlib.image import AxesImage
 from numpy.typing import NDArray
 from torch import Tensor
 
-from shiftproof.benchmark.analysis.canvas import NOTHING, PLAIN, blank, footnote, panels_of, save, short
+from shiftproof.benchmark.analysis.canvas import NOTHING, PLAIN, Pictures, blank, footnote, panels_of, short
 from shiftproof.benchmark.analysis.energy import LayerEnergy
 from shiftproof.benchmark.analysis.overlap import Overlap
+from shiftproof.benchmark.boards.figures import png
 
 Array = NDArray[np.float64]
 
@@ -28,20 +28,20 @@ BINS = 512  # of a heat map of Sigma a side; larger ones show the largest entry 
 MOST = 6  # layers of which Sigma is drawn
 
 
-def draw_overlap(found: Overlap, folder: Path) -> list[Path]:
+def draw_overlap(found: Overlap) -> Pictures:
     """`overlap.png`, averaged over layers, and `overlap-layers.png`, every layer with every pair of experts."""
     with style.context(["default", PLAIN], after_reset=True):
-        return [save(_averages(found), folder / "overlap.png"), save(_layers(found), folder / "overlap-layers.png")]
+        return {"overlap.png": png(_averages(found)), "overlap-layers.png": png(_layers(found))}
 
 
-def draw_sigma(layers: Sequence[tuple[LayerEnergy, Tensor]], folder: Path) -> list[Path]:
+def draw_sigma(layers: Sequence[tuple[LayerEnergy, Tensor]]) -> Pictures:
     """`sigma.png`: |Sigma_score| of a few layers with the shares of its energy, as in Fig. 3 of the SCORE paper."""
     with style.context(["default", PLAIN], after_reset=True):
         figure, panels = panels_of(len(layers), 3, 3.3, 3.1)
         for axes, (layer, values) in zip(panels, layers, strict=True):
             _sigma_panel(axes, layer, pooled(values.abs().numpy(), BINS))
         footnote(figure, "|Σ| before the trim, brightness by its square root. Titles: energy on / off the diagonal.")
-        return [save(figure, folder / "sigma.png")]
+        return {"sigma.png": png(figure)}
 
 
 def chosen_layers(layers: Sequence[LayerEnergy]) -> list[LayerEnergy]:

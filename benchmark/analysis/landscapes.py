@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 
 import numpy as np
 from matplotlib import style
@@ -11,15 +10,15 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
 from shiftproof.benchmark.analysis.barrier import Barrier, chord
-from shiftproof.benchmark.analysis.canvas import NOTHING, PLAIN, blank, panels_of, save, short
+from shiftproof.benchmark.analysis.canvas import NOTHING, PLAIN, Pictures, blank, panels_of, short
 from shiftproof.benchmark.analysis.sweep import DEFAULTS, Sweep, at
-from shiftproof.benchmark.boards.figures import COLOURS, STYLE
+from shiftproof.benchmark.boards.figures import COLOURS, STYLE, png
 
 THIN = tuple(colour for colour in COLOURS if colour != "#000000")  # black is the mean
 MARKERS = {"mean": "o", "sum": "s", "best": "*"}
 
 
-def draw_sweep(found: Sweep, folder: Path) -> list[Path]:
+def draw_sweep(found: Sweep) -> Pictures:
     """`sweep.png`: accuracy over both coefficients, with the defaults and the best; the mean over eval sets comes first."""
     columns: list[int | None] = [None, *range(len(found.eval_sets))] if len(found.eval_sets) > 1 else [0]
     with style.context(["default", PLAIN], after_reset=True):
@@ -28,10 +27,10 @@ def draw_sweep(found: Sweep, folder: Path) -> list[Path]:
             _sweep_panel(axes, found, column)
         handles, labels = panels[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, fontsize=7)
-        return [save(figure, folder / "sweep.png")]
+        return {"sweep.png": png(figure)}
 
 
-def draw_barrier(found: Barrier, folder: Path) -> list[Path]:
+def draw_barrier(found: Barrier) -> Pictures:
     """`barrier.png`: loss and accuracy on the line between two models, with the barrier."""
     with style.context(["default", STYLE], after_reset=True):
         figure = blank(9.0, 4.2)
@@ -41,7 +40,7 @@ def draw_barrier(found: Barrier, folder: Path) -> list[Path]:
         _height(left, found)
         handles, labels = left.get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=7)
-        return [save(figure, folder / "barrier.png")]
+        return {"barrier.png": png(figure)}
 
 
 def _sweep_panel(axes: Axes, found: Sweep, column: int | None) -> None:

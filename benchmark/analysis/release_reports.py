@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from matplotlib import style
 from matplotlib.axes import Axes
 
-from shiftproof.benchmark.analysis.canvas import blank, save
+from shiftproof.benchmark.analysis.canvas import Pictures, blank
 from shiftproof.benchmark.analysis.releases import WITHOUT_MAPS, Curve, Line
 from shiftproof.benchmark.analysis.tables import Table
-from shiftproof.benchmark.boards.figures import COLOURS, STYLE
+from shiftproof.benchmark.boards.figures import COLOURS, STYLE, png
 
 
 def barrier_tables(points: Sequence[float], lines: Sequence[Line]) -> list[Table]:
@@ -38,7 +37,7 @@ def barrier_json(stream: str, points: Sequence[float], lines: Sequence[Line]) ->
     return {"analysis": "rebasin", "stream": stream, "points": list(points), "lines": found}
 
 
-def draw_barriers(stream: str, points: Sequence[float], lines: Sequence[Line], path: Path) -> Path:
+def draw_barriers(stream: str, points: Sequence[float], lines: Sequence[Line]) -> Pictures:
     """Loss and accuracy on the way from the aligned source to the target, a line a method."""
     with style.context(["default", STYLE], after_reset=True):
         figure = blank(10.0, 4.6)
@@ -55,7 +54,7 @@ def draw_barriers(stream: str, points: Sequence[float], lines: Sequence[Line], p
         handles, labels = left.get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, fontsize=7)
         figure.suptitle(f"{stream}; residual maps are interpolated and rounded to the next permutation", fontsize=8)
-        return save(figure, path)
+        return {"rebasin.png": png(figure)}
 
 
 def scale_tables(alphas: Sequence[float], groups: Sequence[str], curves: Sequence[Curve]) -> list[Table]:
@@ -76,7 +75,7 @@ def scale_json(
     return {**facts, "curves": found}
 
 
-def draw_scales(stream: str, alphas: Sequence[float], groups: Sequence[str], curves: Sequence[Curve], path: Path) -> Path:
+def draw_scales(stream: str, alphas: Sequence[float], groups: Sequence[str], curves: Sequence[Curve]) -> Pictures:
     """Gain over scale 0, a panel a group, as in Fig. 8.3; mean over folds."""
     with style.context(["default", STYLE], after_reset=True):
         figure = blank(10.0, 4.4)
@@ -87,7 +86,7 @@ def draw_scales(stream: str, alphas: Sequence[float], groups: Sequence[str], cur
         figure.legend(handles, labels, loc="outside lower center", ncols=5, frameon=False, fontsize=7)
         told = "mean over folds; at scale 0 a method has the new release and the head as it carries it over"
         figure.suptitle(f"{stream}, {told}", fontsize=8)
-        return save(figure, path)
+        return {"alpha.png": png(figure)}
 
 
 def means(curve: Curve, group: int) -> list[float]:

@@ -86,7 +86,7 @@ def draw_board(board: Block, records: Sequence[RunRecord], folder: Path) -> dict
     with style.context(["default", STYLE], after_reset=True):
         stems = _stems([f"{board['name']} {section['title']}" for section in board["sections"]])
         return {
-            folder / f"{stem}-{kind}.png": _png(figure)
+            folder / f"{stem}-{kind}.png": png(figure)
             for stem, section in zip(stems, board["sections"], strict=True)
             for kind, figure in _draw(section, by_id)
         }
@@ -118,7 +118,8 @@ def _look(place: int, row: Block) -> Look:
     return Look(name, COLOURS[colour], MARKERS[(colour + turn) % len(MARKERS)], DASHES[turn % len(DASHES)], hollow)
 
 
-def _png(figure: Figure) -> bytes:
+def png(figure: Figure) -> bytes:
+    """A figure as a file of that format."""
     buffer = io.BytesIO()
     # The version of matplotlib, which it would write into the file, is no part of the picture.
     figure.savefig(buffer, format="png", dpi=DPI, metadata={"Software": None})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -161,12 +161,12 @@ def report(
     tables: Sequence[Table],
     content: dict[str, Any],
     note: str,
-    draw: Callable[[Path], Sequence[Path]],
+    draw: Callable[[], Mapping[str, bytes]],
     out: Path | None,
     as_json: bool,
 ) -> None:
-    """Print tables or JSON, and write pictures and JSON into the folder; what is no number of JSON goes to standard error."""
-    from shiftproof.benchmark.records import write_atomically
+    """Print tables or JSON, and write pictures and JSON into the folder or nothing; what is no JSON goes to standard error."""
+    from shiftproof.benchmark.records import write_together
 
     text = json.dumps(content, indent=1, allow_nan=False) + "\n"
     if as_json:
@@ -179,9 +179,10 @@ def report(
         typer.echo(note, err=as_json)
     if out is None:
         return
-    numbers = out / f"{content['analysis']}.json"
-    write_atomically(numbers, text)
-    typer.echo("".join(f"wrote: {file}\n" for file in (numbers, *draw(out))), nl=False, err=as_json)
+    files: dict[Path, str | bytes] = {out / f"{content['analysis']}.json": text}
+    files |= {out / name: picture for name, picture in draw().items()}
+    write_together(files)
+    typer.echo("".join(f"wrote: {file}\n" for file in files), nl=False, err=as_json)
 
 
 def _listed(text: str) -> list[str]:

@@ -69,10 +69,10 @@ def overlap(
         with show_progress("layers", len(names), quiet) as progress:
             found = subspaces.overlap(deltas, layers, rule, progress)
 
-    def draw(folder: Path) -> list[Path]:
+    def draw() -> dict[str, bytes]:
         from shiftproof.benchmark.analysis.figures import draw_overlap
 
-        return draw_overlap(found, folder)
+        return draw_overlap(found)
 
     note = tables.unchanged_note(found.unchanged)
     report(tables.overlap_tables(found), tables.overlap_json(found), note, draw, out, as_json)
@@ -102,11 +102,11 @@ def sigma(
         with show_progress("layers", len(deltas.matrices(layers)), quiet) as progress:
             found = energy.energies(deltas, layers, progress)
 
-        def draw(folder: Path) -> list[Path]:
+        def draw() -> dict[str, bytes]:
             from shiftproof.benchmark.analysis.figures import chosen_layers, draw_sigma
 
             drawn = chosen_layers(found.layers)
-            return draw_sigma([(one, energy.sigma_of(deltas, one.name)) for one in drawn], folder)
+            return draw_sigma([(one, energy.sigma_of(deltas, one.name)) for one in drawn])
 
         note = tables.unchanged_note(found.unchanged)
         report(tables.sigma_tables(found), tables.sigma_json(found), note, draw, out, as_json)
@@ -139,10 +139,10 @@ def sweep(
     with show_progress("models", len(values) ** 2, quiet) as progress:
         found = sweeping.sweep(plane, sets, values, progress)
 
-    def draw(folder: Path) -> list[Path]:
+    def draw() -> dict[str, bytes]:
         from shiftproof.benchmark.analysis.landscapes import draw_sweep
 
-        return draw_sweep(found, folder)
+        return draw_sweep(found)
 
     note = "best: chosen on the very data that it is measured on"
     report(tables.sweep_tables(found), tables.sweep_json(found), note, draw, out, as_json)
@@ -173,10 +173,10 @@ def barrier(
     with show_progress("models", points, quiet) as progress:
         found = lines.barrier(plane, sets, points, progress)
 
-    def draw(folder: Path) -> list[Path]:
+    def draw() -> dict[str, bytes]:
         from shiftproof.benchmark.analysis.landscapes import draw_barrier
 
-        return draw_barrier(found, folder)
+        return draw_barrier(found)
 
     report(tables.barrier_tables(found), tables.barrier_json(found), tables.barrier_note(found), draw, out, as_json)
 
@@ -207,8 +207,8 @@ def rebasin(
     with show_progress("methods", None, quiet) as progress:
         shares, measured = releases.barriers(found, named, points, progress)
 
-    def draw(folder: Path) -> list[Path]:
-        return [reports.draw_barriers(stream, shares, measured, folder / "rebasin.png")]
+    def draw() -> dict[str, bytes]:
+        return reports.draw_barriers(stream, shares, measured)
 
     tables = reports.barrier_tables(shares, measured)
     report(tables, reports.barrier_json(stream, shares, measured), "", draw, out, as_json)
@@ -242,8 +242,8 @@ def alpha(
         curves = releases.scales(found, named, alphas, progress)
     groups = next(iter(found.experiences.values()))[1][0].group_names
 
-    def draw(folder: Path) -> list[Path]:
-        return [reports.draw_scales(stream, alphas, groups, curves, folder / "alpha.png")]
+    def draw() -> dict[str, bytes]:
+        return reports.draw_scales(stream, alphas, groups, curves)
 
     tables = reports.scale_tables(alphas, groups, curves)
     report(tables, reports.scale_json(stream, alphas, list(found.experiences), groups, curves), "", draw, out, as_json)

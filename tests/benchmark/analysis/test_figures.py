@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
+from io import BytesIO
 
 import numpy as np
 import pytest
@@ -23,7 +23,7 @@ from shiftproof.benchmark.analysis.measuring import Measured
 from shiftproof.benchmark.analysis.overlap import overlap
 from shiftproof.benchmark.analysis.sweep import Sweep
 
-Draw = Callable[[Path], list[Path]]
+Draw = Callable[[], dict[str, bytes]]
 
 
 @pytest.fixture
@@ -53,41 +53,39 @@ def drawings(deltas: Deltas) -> dict[str, Draw]:
     found, energy = overlap(deltas), energies(deltas)
     layers = [(layer, sigma_of(deltas, layer.name)) for layer in energy.layers]
     return {
-        "overlap": lambda folder: draw_overlap(found, folder),
-        "sigma": lambda folder: draw_sigma(layers, folder),
-        "sweep": lambda folder: draw_sweep(swept(2), folder),
-        "barrier": lambda folder: draw_barrier(line(1.0, 2.5, 2.0, sets=8), folder),
+        "overlap": lambda: draw_overlap(found),
+        "sigma": lambda: draw_sigma(layers),
+        "sweep": lambda: draw_sweep(swept(2)),
+        "barrier": lambda: draw_barrier(line(1.0, 2.5, 2.0, sets=8)),
     }
 
 
 @pytest.mark.parametrize("name", ["overlap", "sigma", "sweep", "barrier"])
-def test_pictures_are_the_same_to_the_byte_and_hold_no_metadata(name: str, drawings: dict[str, Draw], tmp_path: Path) -> None:
-    first = drawings[name](tmp_path / "a")
+def test_pictures_are_the_same_to_the_byte_and_hold_no_metadata(name: str, drawings: dict[str, Draw]) -> None:
+    first = drawings[name]()
     with rc_context({"font.size": 20, "axes.facecolor": "red"}):
-        second = drawings[name](tmp_path / "b")
-    assert first[0].name == f"{name}.png"
-    for one, other in zip(first, second, strict=True):
-        assert one.read_bytes() == other.read_bytes()
-        assert b"tEXt" not in one.read_bytes()
-        pixels = image.imread(one)
+        second = drawings[name]()
+    assert first == second
+    assert next(iter(first)) == f"{name}.png"
+    for one in first.values():
+        assert b"tEXt" not in one
+        pixels = image.imread(BytesIO(one))
         assert pixels.shape[1] >= 700
         assert float((pixels[..., :3].min(2) < 0.6).mean()) > 0.005  # something is drawn
         edge = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
         assert float(edge[:, :3].min()) == 1.0  # and nothing is cut off
 
 
-def test_what_is_not_finite_is_drawn_as_nothing(tmp_path: Path) -> None:
+def test_what_is_not_finite_is_drawn_as_nothing() -> None:
     nan = float("nan")
-    for file in (*draw_sweep(swept(1, nan), tmp_path), *draw_barrier(line(1.0, nan, 2.0), tmp_path)):
-        assert image.imread(file).size > 0
+    for one in (draw_sweep(swept(1, nan))["sweep.png"], draw_barrier(line(1.0, nan, 2.0))["barrier.png"]):
+        assert image.imread(BytesIO(one)).size > 0
 
 
-def test_both_panels_of_an_overlap_say_what_their_axes_are(
-    deltas: Deltas, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_both_panels_of_an_overlap_say_what_their_axes_are(deltas: Deltas, monkeypatch: pytest.MonkeyPatch) -> None:
     drawn: list[Figure] = []
-    monkeypatch.setattr(figures, "save", lambda figure, path: drawn.append(figure))
-    draw_overlap(overlap(deltas), tmp_path)
+    monkeypatch.setattr(figures, "png", lambda figure: drawn.append(figure))
+    draw_overlap(overlap(deltas))
     left, right = drawn[0].axes[:2]
     assert (left.get_ylabel(), left.get_xlabel()) == ("projected", "defines the subspace")
     assert (right.get_ylabel(), right.get_xlabel()) == ("expert", "expert")
