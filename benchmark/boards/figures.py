@@ -167,6 +167,8 @@ def _interval(summary: Block) -> Block | None:
 def _caption(points: Sequence[tuple[Block, Block, Look]]) -> str:
     methods = sorted({interval["method"] for _, worst, _ in points if (interval := _interval(worst))})
     bars = [f"Bars: interval of the mean over seeds ({'; '.join(methods)})."] if methods else []
+    if methods and any(_interval(worst) is None for _, worst, _ in points):
+        bars.append("Without one: too few seeds, and not ranked.")
     return _wrapped(" ".join([*bars, *_legend([look for _, _, look in points])]), 120)
 
 

@@ -94,7 +94,7 @@ def sigma(
     data_root: DataRoot = None,
     quiet: Quiet = False,
 ) -> None:
-    """Energy on and off the diagonal of SCORE's Sigma; drawn for the layers chosen, or of many for three."""
+    """Energy on and off the diagonal of SCORE's Sigma, of every matrix; drawn for the layers chosen, or of many for three."""
     from shiftproof.benchmark.analysis import energy, tables
 
     origin = FromStream(stream, seed, fold, overrides, device, plugin, data_root, quiet)

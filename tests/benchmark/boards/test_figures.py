@@ -65,6 +65,22 @@ def test_bars_and_axes_stay_within_what_an_accuracy_can_be(average: float) -> No
     assert right - left >= 4
 
 
+def test_a_point_without_an_interval_is_explained(make_record: MakeRecord) -> None:
+    """Of two seeds only the pooled interval can be told, and that is of ranked rows."""
+    ranked = [make_record(name, seed, [[[(50 + seed, 100)]]]) for name in ("er", "sgd", "lws") for seed in range(2)]
+    told = [make_record("gdro", seed, [[[(60 + seed, 100)]]], uses_group_labels=True) for seed in range(2)]
+
+    def caption(records: list[RunRecord]) -> str:
+        (section,) = build_board("b", records)["sections"]
+        look = Look("a", "#0072B2", "o", "-", False)
+        return _scatter(
+            section, [(row["metrics"]["average"], row["metrics"]["worst"], look) for row in section["rows"]]
+        ).get_supxlabel()
+
+    assert "too few seeds, and not ranked" not in caption(ranked)
+    assert "too few seeds, and not ranked" in caption([*ranked, *told])
+
+
 def test_a_section_in_which_everything_failed_is_not_drawn(make_record: MakeRecord, tmp_path: Path) -> None:
     records = [make_record("nan", 0, failed=True)]
     assert draw_board(build_board("b", records), records, tmp_path) == {}

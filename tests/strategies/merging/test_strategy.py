@@ -131,13 +131,31 @@ def test_the_order_of_experts_does_not_matter(label: str, tmp_path: Path) -> Non
     torch.testing.assert_close(one, other, atol=1e-3, rtol=1e-3)
 
 
-def test_score_tsv_iso_c_and_the_mean_give_different_models_on_the_transformer(tmp_path: Path) -> None:
-    run = context(SmallViT, 1, tmp_path)
-    learned = experts(run, (0, 0, 0))
-    weights = [merged(label, run, learned).state_dict() for label in ("score", "tsv", "iso-c", "weight-average")]
-    name = "backbone.blocks.0.attn.qkv.weight"
-    for i, one in enumerate(weights):
-        assert all(not torch.allclose(one[name], other[name], rtol=1e-3) for other in weights[:i])
+COMPARED = ("score", "tsv", "iso-c", "weight-average")
+
+
+def backbones_of_suites() -> set[str]:
+    """The backbones of the streams on which a committed suite compares spectral merges with the mean."""
+    registry = load_registry()
+    suites = [one for one in registry.suites.values() if {label.partition("@")[0] for label in one.strategies} >= set(COMPARED)]
+    specs = [registry.stream(name) for suite in suites for name in suite.streams]
+    return {spec.build(spec.config(), None).base.backbone for spec in specs}
+
+
+def test_on_the_backbones_of_every_suite_spectral_merges_and_the_mean_are_different_models(tmp_path: Path) -> None:
+    names = backbones_of_suites()
+    assert names
+    for name in names:
+        run = context(load_registry(("backbones",)).backbones[name].build, 1, tmp_path)
+        learned = experts(run, (0, 0, 0))
+        weights = [merged(label, run, learned).state_dict() for label in COMPARED]
+        matrices = [key for key, tensor in weights[0].items() if tensor.dim() == 2 and key.startswith("backbone.")]
+        differing = [
+            key
+            for key in matrices
+            if all(not torch.allclose(a[key], b[key], rtol=1e-3) for i, a in enumerate(weights) for b in weights[:i])
+        ]
+        assert len(differing) > len(matrices) / 2
 
 
 def test_on_a_convolutional_net_spectral_merges_say_that_they_average(tmp_path: Path) -> None:
