@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from shiftproof.benchmark.merging.method import MergeMethod
 
 DTYPES = ("auto", "float32", "float64")
+MOST_JOBS = 16  # unless told otherwise: each thread takes some memory, and files are read no faster by more
 
 
 def merge(
@@ -35,7 +36,7 @@ def merge(
     overrides: Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="Set a knob; may be repeated.")] = [],  # noqa: B006
     device: Annotated[str, typer.Option(help="Where to compute: cpu, cuda or auto.")] = "cpu",
     dtype: Annotated[str, typer.Option(help="What to compute in: float32, float64 or auto.")] = "auto",
-    jobs: Annotated[int | None, typer.Option(help="Threads, one tensor each; all processors if not given.")] = None,
+    jobs: Annotated[int | None, typer.Option(help="Threads, one tensor each; processors, at most 16, if not given.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what it would do and cost; write nothing.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace an output that exists.")] = False,
     plugin: PluginFiles = [],  # noqa: B006
@@ -44,7 +45,7 @@ def merge(
     """Merge fine-tuned checkpoints, tensor by tensor; the output keeps names, dtypes and metadata of the base."""
     _check_choice("--device", device, DEVICES)
     _check_choice("--dtype", dtype, DTYPES)
-    jobs = _processors() if jobs is None else jobs
+    jobs = min(_processors(), MOST_JOBS) if jobs is None else jobs
     if jobs < 1:
         raise InputError(f"expected --jobs of 1 or more, got {jobs}")
     from shiftproof.benchmark.merging.hashing import Hashing
