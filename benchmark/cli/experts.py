@@ -140,7 +140,9 @@ def import_(
 
     export = read_export(folder)
     told = export.base
-    chosen = _chosen(told.stream, told.seed, told.fold, [*told.set, *overrides], "cpu", plugin, data_root)
+    given = {item.partition("=")[0] for item in overrides}
+    kept = [item for item in told.set if item.partition("=")[0] not in given]
+    chosen = _chosen(told.stream, told.seed, told.fold, [*kept, *overrides], "cpu", plugin, data_root)
 
     from shiftproof.benchmark.cache import Cache
     from shiftproof.benchmark.experts.importing import import_experts
