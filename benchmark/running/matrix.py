@@ -151,7 +151,7 @@ def run_plan(plan: Plan, registry: Registry, options: RunOptions, progress: Call
             outcome.failed.append(stored)
         else:
             outcome.reused += 1
-    if progress is not None:
+    if progress is not None and waiting:
         progress(Step(0, len(waiting)))
     executor = registry.executor(options.executor).build()
     for done, result in enumerate(_results(executor.run, waiting, options.jobs), start=1):
