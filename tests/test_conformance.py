@@ -87,28 +87,9 @@ def test_learns_new_classes_of_a_shared_head_whose_task_is_not_0(label: str, tmp
     assert all(sum(totals) == 64 for row in answered for totals in row)
 
 
-LAZY = """
-from dataclasses import dataclass
-from shiftproof.benchmark import DataExperience, StrategySpec, hookimpl
-from shiftproof.strategies import TrainingStrategy
-
-@dataclass(frozen=True)
-class Config:
-    pass
-
-class Lazy(TrainingStrategy[Config]):
-    def loss(self, batch):
-        return self.logits(batch).mean() * float("nan")
-
-@hookimpl
-def shiftproof_strategies():
-    return [StrategySpec("lazy", Lazy, Config, DataExperience, "nobody, 2026")]
-"""
-
-
 def test_the_fixture_for_pytest_fails_with_what_the_kit_finds(tmp_path: Path) -> None:
-    (tmp_path / "lazy.py").write_text(LAZY)
-    (tmp_path / "test_lazy.py").write_text("def test_lazy(conformance):\n    conformance('lazy', ['lazy.py'])\n")
+    toys = str(Path(__file__).parent / "toys.py")
+    (tmp_path / "test_toy.py").write_text(f"def test_toy(conformance):\n    conformance('nan-loss', [{toys!r}])\n")
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "shiftproof.benchmark.pytest_plugin"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 1, done.stdout
