@@ -14,9 +14,12 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from shiftproof.benchmark.errors import OutputError
+from shiftproof.benchmark.experiences import state_sha256
 from shiftproof.benchmark.folders import cache_folder
-from shiftproof.benchmark.inventory import FACTS
+from shiftproof.benchmark.inventory import FACTS, metadata_of
 from shiftproof.benchmark.records import canonical, sha256, write_atomically
+
+CONTENT = "shiftproof.sha256"  # key of the metadata under which an entry keeps the hash of its tensors
 
 
 class NotCachedError(LookupError):
@@ -75,12 +78,14 @@ class Cache:
     def stored(self, kind: str, key: Mapping[str, Any]) -> dict[str, Tensor] | None:
         """The tensors for `key`, None where there are none.
 
-        A file that is damaged or unreadable counts as absent, since its content can be made again.
+        A file that is damaged, altered or unreadable counts as absent, since its content can be made again.
         """
+        path = self.path(kind, key)
         try:
-            return safetensors.torch.load(self.path(kind, key).read_bytes())
+            told, tensors = metadata_of(path).get(CONTENT), safetensors.torch.load(path.read_bytes())
         except (OSError, SafetensorError):
             return None
+        return tensors if told == state_sha256(tensors) else None
 
     def store(
         self, kind: str, key: Mapping[str, Any], tensors: Mapping[str, Tensor], facts: Mapping[str, Any] | None = None
@@ -91,7 +96,9 @@ class Cache:
             OutputError: If the cache folder cannot be written.
         """
         content = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-        metadata = {"format": "pt", **({FACTS: canonical(dict(facts))} if facts is not None else {})}
+        metadata = {"format": "pt", CONTENT: state_sha256(content)}
+        if facts is not None:
+            metadata[FACTS] = canonical(dict(facts))
         write_atomically(self.path(kind, key), safetensors.torch.save(content, metadata))
         return content
 

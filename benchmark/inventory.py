@@ -45,7 +45,7 @@ def cached_experts(folder: Path) -> tuple[list[CachedExpert], int]:
     experts, unnamed = [], 0
     for path in sorted((folder / EXPERT).glob("*.safetensors")):
         try:
-            size, metadata = path.stat().st_size, _metadata(path)
+            size, metadata = path.stat().st_size, metadata_of(path)
         except (OSError, SafetensorError):
             continue
         told = _facts(metadata.get(FACTS, ""))
@@ -57,7 +57,8 @@ def cached_experts(folder: Path) -> tuple[list[CachedExpert], int]:
     return experts, unnamed
 
 
-def _metadata(path: Path) -> dict[str, str]:
+def metadata_of(path: Path) -> dict[str, str]:
+    """What a safetensors file says beside its tensors. Raises OSError or SafetensorError where it cannot be read."""
     with safe_open(path, "numpy") as file:
         return file.metadata() or {}
 

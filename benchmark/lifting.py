@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields, replace
 from typing import Any
@@ -19,6 +18,7 @@ from shiftproof.benchmark.experiences import (
     JointExperience,
     StateDict,
     TransportExperience,
+    state_sha256,
 )
 from shiftproof.benchmark.inventory import EXPERT
 from shiftproof.benchmark.models import HEADS, Model
@@ -163,20 +163,6 @@ def shared_names(model: Model, tasks: Sequence[int]) -> frozenset[str]:
     """What all experts have in common: the backbone, and the head where all experiences have one task id."""
     names = {name for name in model.state_dict() if not name.startswith(HEADS)}
     return frozenset(names | model.head_keys(tasks[0]) if len(set(tasks)) == 1 and len(tasks) > 1 else names)
-
-
-def state_sha256(state: StateDict) -> str:
-    """Hash over names, dtypes, shapes and bytes."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(state.items()):
-        digest.update(f"{name}/{tensor.dtype}/{tuple(tensor.shape)}".encode())
-        digest.update(tensor_bytes(tensor))
-    return digest.hexdigest()
-
-
-def tensor_bytes(tensor: torch.Tensor) -> memoryview:
-    """A tensor's values as bytes, because numpy has no bfloat16."""
-    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def visible_expert(spec: StrategySpec[Any], config: Any, experience: Experience) -> Experience:

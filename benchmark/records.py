@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
+import re
 import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -16,6 +18,8 @@ from shiftproof.benchmark.paths import is_folder
 
 SCHEMA_VERSION = "1.0.0"
 MEND = "restore it or delete it and run again"
+DEEPEST = 100  # levels of a JSON file; ours have less than 10, and Python's own limit hangs on who calls
+LONGEST_INTEGER = 20  # digits of 2**64, and of -2**63 with its sign
 PROTOCOL_VERSION = 2  # raised whenever the harness changes a result; tests/benchmark/test_protocol.py guards it
 
 
@@ -106,6 +110,10 @@ class RunRecord:
         for name in _BLOCKS:
             if not isinstance(content[name], dict):
                 raise InputError(f"{where}: expected the block {name!r} as an object, got {type(content[name]).__name__}")
+        attempts = content["provenance"].get("attempts", 1)
+        for name, kind, value in (("run_id", str, content["run_id"]), ("provenance.attempts", int, attempts)):
+            if type(value) is not kind:
+                raise InputError(f"{where}: expected {name} of type {kind.__name__}, got {type(value).__name__}; {MEND}")
         return cls(**content)
 
 
@@ -113,9 +121,16 @@ _BLOCKS = ("identity", "plugin", "protocol", "data", "metrics", "provenance", "c
 
 
 def parse_json(text: str, where: str) -> dict[str, Any]:
-    """A JSON object, or an error that says which file is damaged and where."""
+    """A JSON object in which every key stands once and every number is finite, or an error that says which file is damaged."""
     try:
-        content = json.loads(text, parse_constant=_refuse_constant)
+        content = json.loads(
+            text,
+            parse_constant=_refuse_constant,
+            parse_float=_finite,
+            parse_int=_within_64_bits,
+            object_pairs_hook=_different_keys,
+        )
+        _check_nesting(content)
     except RecursionError:
         raise InputError(f"{where}: expected a JSON file, got one that is nested too deeply to be read; {MEND}") from None
     except ValueError as error:
@@ -131,14 +146,45 @@ def _refuse_constant(name: str) -> None:
     raise ValueError(name)
 
 
+def _finite(text: str) -> float:
+    """Python reads 1e999 as infinity."""
+    if not math.isfinite(number := float(text)):
+        raise ValueError(f"{text[:LONGEST_INTEGER]}, which no float can hold")
+    return number
+
+
+def _within_64_bits(text: str) -> int:
+    if len(text) > LONGEST_INTEGER or (number := int(text)).bit_length() > 64:
+        raise ValueError(f"an integer of {len(text.lstrip('-'))} digits, which 64 bits cannot hold")
+    return number
+
+
+def _different_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Python takes the last of two values, a reader the first."""
+    found: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in found:
+            raise ValueError(f"the key {name!a} twice")
+        found[name] = value
+    return found
+
+
+def _check_nesting(value: Any, depth: int = 1) -> None:
+    if isinstance(value, dict | list):
+        if depth > DEEPEST:
+            raise RecursionError
+        for inner in value.values() if isinstance(value, dict) else value:
+            _check_nesting(inner, depth + 1)
+
+
 def check_version(content: Mapping[str, Any], where: str) -> None:
     """Refuse files of a newer schema, and of an older major one."""
     version = str(content.get("schema_version", "none"))
-    numbers = [int(part) if part.isdecimal() else -1 for part in version.split(".")]
+    numbers = [int(part) if re.fullmatch("[0-9]{1,9}", part) else -1 for part in version.split(".")]
     known = [int(part) for part in SCHEMA_VERSION.split(".")]
-    if len(numbers) != 3 or numbers[0] != known[0] or numbers[:2] > known[:2]:
+    if len(numbers) != 3 or min(numbers) < 0 or numbers[0] != known[0] or numbers[:2] > known[:2]:
         advice = "update shiftproof to read it" if numbers > known else "write it again with this shiftproof"
-        raise InputError(f"{where}: expected schema {SCHEMA_VERSION}, got {version}; {advice}")
+        raise InputError(f"{where}: expected schema {SCHEMA_VERSION}, got {version[:LONGEST_INTEGER]}; {advice}")
 
 
 def canonical(value: Any) -> str:
@@ -233,7 +279,7 @@ def read_record(path: Path) -> RunRecord:
     """The record in a file.
 
     Raises:
-        InputError: If it cannot be read, or as `RunRecord.from_json`.
+        InputError: If it cannot be read, is laid out otherwise than it was written, or as `RunRecord.from_json`.
     """
     try:
         text = path.read_text(encoding="utf-8")
@@ -241,7 +287,14 @@ def read_record(path: Path) -> RunRecord:
         raise InputError(f"{path}: expected a JSON file, got other bytes; {MEND}") from None
     except OSError as error:
         raise InputError(f"expected a record in {path}, got: {error.strerror}; {MEND}") from error
-    return RunRecord.from_json(text, str(path))
+    record = RunRecord.from_json(text, str(path))
+    # A board holds the hash of each file: of this text, not of what it means.
+    if record.to_json() != text:
+        raise InputError(
+            f"{path}: expected a record laid out as it was written, got other spacing or order; "
+            f"leave records as they were written: {MEND}"
+        )
+    return record
 
 
 def read_records(folder: Path) -> list[RunRecord]:

@@ -137,7 +137,11 @@ class Stream:
 
     @cached_property
     def data_sha256(self) -> str:
-        """Hash over every training and evaluation array, task id and group."""
+        """`content_sha256` when it was first asked for."""
+        return self.content_sha256()
+
+    def content_sha256(self) -> str:
+        """Hash over every training and evaluation array, task id and group as they are now."""
         digest = hashlib.sha256()
         for fold in self.folds:
             for experience in fold.train:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -240,6 +241,43 @@ class Scribbler(Plain):
         return super().learn(experience)
 
 
+class LateScribbler(Plain):
+    """Keeps the first experience and alters it, unseen by torch, while it learns the second."""
+
+    first: DataExperience | None = None
+
+    def learn(self, experience: DataExperience) -> Mapping[str, float]:
+        """Learn, and scribble on what was learned before."""
+        self.first = self.first or experience
+        if experience.index:
+            self.first.train.y.numpy()[:] = 0
+        return super().learn(experience)
+
+
+class Meddler(Plain):
+    """Leaves settings of the whole process altered."""
+
+    def learn(self, experience: DataExperience) -> Mapping[str, float]:
+        """Alter them when it is done."""
+        logs = super().learn(experience)
+        if experience.index:
+            self.net.double()  # or its own answers could not be had
+            torch.set_default_dtype(torch.float64)
+            torch.set_grad_enabled(False)
+            torch.set_default_device("meta")
+            torch.backends.mkldnn.set_flags(False, _fp32_precision=None)
+            np.seterr(all="raise")
+            os.environ["TOY"] = "left behind"
+            os.chdir(Path(__file__).parent)
+        return logs
+
+    def model(self) -> nn.Module:
+        """On the device where it lies, whatever the default is."""
+        torch.set_default_device(None)
+        torch.set_default_dtype(torch.float32)
+        return self.net.float()
+
+
 class Careless(Plain):
     """Leaves global generators, threads and gradient mode altered, and draws them when the model is asked for."""
 
@@ -269,6 +307,15 @@ class Killed(Plain):
         return {}
 
 
+class Lingerer(Plain):
+    """Leaves a thread running for a minute."""
+
+    def learn(self, experience: DataExperience) -> Mapping[str, float]:
+        """Start it, then learn."""
+        threading.Thread(target=time.sleep, args=(60,)).start()
+        return super().learn(experience)
+
+
 class Sleeper(Plain):
     """Says which process it is in, and sleeps for a minute."""
 
@@ -296,8 +343,11 @@ def shiftproof_strategies() -> list[StrategySpec[Any]]:
         "quitter": Quitter,
         "peeker": Peeker,
         "scribbler": Scribbler,
+        "late-scribbler": LateScribbler,
+        "meddler": Meddler,
         "careless": Careless,
         "killed": Killed,
+        "lingerer": Lingerer,
         "sleeper": Sleeper,
     }
     reference = "Toy et al., Journal of Toys, 2024"

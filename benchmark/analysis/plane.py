@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from shiftproof.benchmark.errors import InputError
-from shiftproof.benchmark.experiences import EvalSet, ExpertExperience
-from shiftproof.benchmark.lifting import state_sha256
+from shiftproof.benchmark.experiences import EvalSet, ExpertExperience, state_sha256
 from shiftproof.benchmark.merging.driver import STATISTICS
 from shiftproof.benchmark.models import Model
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -32,12 +33,13 @@ def render(board: Block, format: str) -> str:
     """
     if format not in _FORMATS:
         raise InputError(f"expected a format out of {', '.join(_FORMATS)}, got {format!r}")
-    return _FORMATS[format](board)
+    return _FORMATS[format](printable(board))
 
 
 def table(board: Block) -> list[Table]:
     """One table a section for `rich` to print; each fits into 100 columns."""
-    return [_rich(board, section) for section in board["sections"]]
+    shown = printable(board)
+    return [_rich(shown, section) for section in shown["sections"]]
 
 
 def display_name(row: Block) -> str:
@@ -47,6 +49,21 @@ def display_name(row: Block) -> str:
     'lws [gamma=0.5]'
     """
     return f"{row['label']} [{row['variant']}]" if row["variant"] else str(row["label"])
+
+
+def printable(value: Any) -> Any:
+    """A board with a space for each character that draws nothing: a terminal would obey some, and a line break ends a cell.
+
+    >>> printable({"label": "er", "variant": "note=\\x1b[2J"})
+    {'label': 'er', 'variant': 'note= [2J'}
+    """
+    if isinstance(value, Mapping):
+        return {printable(name): printable(inner) for name, inner in value.items()}
+    if isinstance(value, list):
+        return [printable(inner) for inner in value]
+    if not isinstance(value, str):
+        return value
+    return "".join(character if character.isprintable() else " " for character in value)
 
 
 def _columns(board: Block) -> list[str]:
@@ -121,15 +138,18 @@ def _notes(board: Block, section: Block) -> Iterator[str]:
 
 
 def _markdown(board: Block) -> str:
-    def cells(row: Sequence[str]) -> str:
-        return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |"
+    def plain(text: str) -> str:
+        return re.sub(r"[\\<\[|]", r"\\\g<0>", text)  # what starts a tag, a link, a picture or a cell
 
-    lines = [f"# {board['name']}", ""]
+    def cells(row: Sequence[str]) -> str:
+        return f"| {' | '.join(map(plain, row))} |"
+
+    lines = [f"# {plain(board['name'])}", ""]
     for section in board["sections"]:
         header = _header(board, section)
         rule = ["---", *["---:"] * (len(header) - 2), "---"]
-        lines += [f"## {section['title']}", "", *map(cells, [header, rule, *_body(board, section)]), ""]
-        lines += [" ".join(_notes(board, section)), ""]
+        lines += [f"## {plain(section['title'])}", "", *map(cells, [header, rule, *_body(board, section)]), ""]
+        lines += [plain(" ".join(_notes(board, section))), ""]
     return "\n".join(lines[:-1]) + "\n"
 
 
@@ -172,15 +192,22 @@ def _csv(board: Block) -> str:
     output = io.StringIO()
     writer = csv.writer(output, lineterminator="\n")
     metric_names = [f"{name}_{field}" for name in names for field in fields]
-    writer.writerow([*facts, "strategy", "variant", "seeds", "folds", *metric_names, *costs, "flags"])
+    header = [*facts, "strategy", "variant", "seeds", "folds", *metric_names, *costs, "flags"]
+    writer.writerow([_not_computed(cell) for cell in header])
     for section in board["sections"]:
         for row in section["rows"]:
             numbers = [number for name in names for number in _numbers(row["metrics"][name])]
             sizes = [len(row["seeds"]), len(row["folds"])]
             cost = [row["cost"][name] for name in costs]
             leading = [section[fact] for fact in facts]
-            writer.writerow([*leading, row["label"], row["variant"], *sizes, *numbers, *cost, "; ".join(row["flags"])])
+            cells = [*leading, row["label"], row["variant"], *sizes, *numbers, *cost, "; ".join(row["flags"])]
+            writer.writerow([_not_computed(cell) for cell in cells])
     return output.getvalue()
+
+
+def _not_computed(cell: object) -> object:
+    """A text that a spreadsheet would take for a formula, behind an apostrophe."""
+    return f"'{cell}" if isinstance(cell, str) and cell.startswith(("=", "+", "-", "@")) else cell
 
 
 def _numbers(summary: Block) -> list[float | None]:

@@ -18,7 +18,7 @@ from matplotlib.patheffects import withStroke
 from numpy.typing import NDArray
 
 from shiftproof.benchmark.boards.curves import task_curves
-from shiftproof.benchmark.boards.export import display_name
+from shiftproof.benchmark.boards.export import display_name, printable
 from shiftproof.benchmark.boards.labels import crosses, place_labels, spread
 from shiftproof.benchmark.errors import InputError
 from shiftproof.benchmark.records import RunRecord
@@ -82,6 +82,7 @@ def draw_board(board: Block, records: Sequence[RunRecord], folder: Path) -> dict
     missing = sorted(set(board["records"]) - set(by_id))
     if missing:
         raise InputError(f"expected all {len(board['records'])} records of the board to draw it, got none of run {missing[0]}")
+    board = printable(board)
     # From matplotlib's defaults, whatever a matplotlibrc says.
     with style.context(["default", STYLE], after_reset=True):
         stems = _stems([f"{board['name']} {section['title']}" for section in board["sections"]])

@@ -18,6 +18,8 @@ from shiftproof.benchmark.records import RunRecord, canonical
 SORTED_BY = "worst"  # the metric that orders the rows
 ONE_ON_A_BOARD = ("stream_version", "split_sha256", "data_sha256")
 
+_OF_A_ROW = ("strategy", "config", "code_sha256", "experts")  # who fine-tuned the experts of a merge, and with which code
+
 _RANKING = "Tukey's HSD over ranked rows, residual variance of the two-way model strategy + seed"
 
 
@@ -32,7 +34,7 @@ def build_sections(records: Sequence[RunRecord], values: CellValues, metrics: Se
     Raises:
         InputError: If standard records of one stream differ in version, split or data.
     """
-    _refuse_mixed_streams(records)
+    refuse_mixed_streams(record.identity for record in records if not record.protocol["custom"])
     groups = _group(records, _facts)
     facts = [_facts(group[0]) for group in groups]
     details = tell_apart([fact["stream"] for fact in facts], [_flat(fact) for fact in facts])
@@ -40,18 +42,17 @@ def build_sections(records: Sequence[RunRecord], values: CellValues, metrics: Se
     return sorted(sections, key=lambda section: (section["custom"], section["title"]))
 
 
-def _refuse_mixed_streams(records: Iterable[RunRecord]) -> None:
-    seen: dict[str, RunRecord] = {}
-    for record in records:
-        if record.protocol["custom"]:
-            continue
-        first = seen.setdefault(record.identity["stream"], record)
-        pairs = {name: (first.identity[name], record.identity[name]) for name in ONE_ON_A_BOARD}
+def refuse_mixed_streams(identities: Iterable[Mapping[str, Any]]) -> None:
+    """Raise InputError where two identities of one stream differ in version, split or data."""
+    seen: dict[str, Mapping[str, Any]] = {}
+    for identity in identities:
+        first = seen.setdefault(identity["stream"], identity)
+        pairs = {name: (first[name], identity[name]) for name in ONE_ON_A_BOARD}
         differing = [f"{name} {one} and {other}" for name, (one, other) in pairs.items() if one != other]
         if differing:
             raise InputError(
-                f"expected one version, split and data set of stream {record.identity['stream']!r} on a board, "
-                f"got {', '.join(differing)}; build a board from each"
+                f"expected one version, split and data set of stream {identity['stream']!r} on a board, "
+                f"got {', '.join(differing)}; give each a board and a folder of its own"
             )
 
 
@@ -130,14 +131,16 @@ def _section(records: Sequence[RunRecord], values: CellValues, metrics: Sequence
 def _members(records: Sequence[RunRecord]) -> list[tuple[list[RunRecord], str]]:
     """The records of each row, and what tells the row from others with its label."""
     groups = []
-    for group in _group(records, lambda record: [record.identity[name] for name in ("strategy", "config", "code_sha256")]):
+    for group in _group(records, lambda record: [record.identity.get(name) for name in _OF_A_ROW]):
         twice = len({cell(record) for record in group}) < len(group)
         # A row may mix devices and is flagged; what ran once on each is two rows.
         groups += _group(group, lambda record: (record.identity["device"], record.identity["dtype"])) if twice else [group]
-    facts = [
-        group[0].identity["config"] | {name: group[0].identity[name] for name in ("code_sha256", "device", "dtype")}
-        for group in groups
-    ]
+    facts = []
+    for group in groups:
+        identity = group[0].identity
+        named = {name: identity[name] for name in ("code_sha256", "device", "dtype")}
+        trainer = {f"experts.{name}": value for name, value in identity.get("experts", {}).items()}
+        facts.append(identity["config"] | named | trainer)
     return list(zip(groups, tell_apart([label_of(group) for group in groups], facts), strict=True))
 
 

@@ -12,16 +12,17 @@ from typing import TYPE_CHECKING, Any
 
 from jsonschema import Draft202012Validator  # type: ignore[import-untyped]
 from jsonschema.exceptions import ValidationError  # type: ignore[import-untyped]
+from jsonschema.validators import extend  # type: ignore[import-untyped]
 
 from shiftproof.benchmark.contracts import MetricSpec
 from shiftproof.benchmark.errors import InputError
 from shiftproof.benchmark.metrics import CellScores
-from shiftproof.benchmark.records import RunRecord, check_version, sha256
+from shiftproof.benchmark.records import RunRecord, canonical, check_version, sha256
 
 if TYPE_CHECKING:
     from shiftproof.benchmark.streams import Scenario
 
-MESSAGE_LENGTH = 160  # of what the schema says; a message holds the whole instance otherwise
+MESSAGE_LENGTH = 160  # of what the schema says, or of a value; a message holds the whole instance otherwise
 
 
 def schema() -> dict[str, Any]:
@@ -33,8 +34,10 @@ def schema() -> dict[str, Any]:
 
 
 @lru_cache(maxsize=1)
-def _validator() -> Draft202012Validator:
-    return Draft202012Validator(schema())
+def _validator() -> Any:
+    # JSON Schema takes 1.0 for an integer; what counts samples here is written as one.
+    checker = Draft202012Validator.TYPE_CHECKER.redefine("integer", lambda _, value: type(value) is int)
+    return extend(Draft202012Validator, type_checker=checker)(schema())
 
 
 def validate(document: Mapping[str, Any], where: str = "document") -> None:
@@ -102,14 +105,21 @@ def record_problems(record: RunRecord, metrics: Sequence[MetricSpec], folder: Pa
         validate(vars(record), where)
     except InputError as error:
         return [str(error)]
-    found = [*_hash_problems(record), *_count_problems(record)]
+    found = [*_contradictions(record), *_count_problems(record)]
     return [f"{where}: {problem}" for problem in (found or _metric_problems(record, metrics))]
 
 
-def _hash_problems(record: RunRecord) -> Iterator[str]:
+def _contradictions(record: RunRecord) -> Iterator[str]:
+    """Facts that stand twice in a record, and hashes."""
     identity, protocol = record.identity, record.protocol
+    preset = "".join(record.label.partition("@")[1:])
+    grouped = protocol["consumes"] == "GroupedExperience"
     pairs = {
         "run_id": (sha256(identity), record.run_id),
+        "label": (identity["strategy"] + preset, record.label),
+        "protocol.recipe": (identity["recipe"]["name"], protocol["recipe"]),
+        "protocol.backbone": (identity["base"]["backbone"], protocol["backbone"]),
+        "protocol.uses_group_labels": (grouped or protocol["uses_group_labels"], protocol["uses_group_labels"]),
         "data.data_sha256": (identity["data_sha256"], record.data["data_sha256"]),
         "data.split_sha256": (identity["split_sha256"], record.data["split_sha256"]),
         "plugin.code_sha256": (identity["code_sha256"], record.plugin["code_sha256"]),
@@ -119,7 +129,8 @@ def _hash_problems(record: RunRecord) -> Iterator[str]:
     }
     for name, (expected, got) in pairs.items():
         if expected != got:
-            yield f"expected {name} {expected}, got {got}; the file was edited: restore it or run the cell again"
+            shown = [canonical(value)[:MESSAGE_LENGTH] for value in (expected, got)]
+            yield f"expected {name} {shown[0]}, got {shown[1]}; the file was edited: restore it or run the cell again"
 
 
 def _count_problems(record: RunRecord) -> Iterator[str]:
@@ -131,6 +142,8 @@ def _count_problems(record: RunRecord) -> Iterator[str]:
         yield f"expected counts after each of {rows} experiences, got {len(groups)} (groups) and {len(classes)} (classes)"
     elif any(len(row) != len(eval_sets) for row in (*groups, *classes)):
         yield f"expected counts for {len(eval_sets)} eval sets in every row"
+    elif len({eval_set["name"] for eval_set in eval_sets}) < len(eval_sets):
+        yield f"expected {len(eval_sets)} eval sets of different names"
     else:
         for i, (group_row, class_row) in enumerate(zip(groups, classes, strict=True)):
             for eval_set, by_group, by_class in zip(eval_sets, group_row, class_row, strict=True):
@@ -138,6 +151,7 @@ def _count_problems(record: RunRecord) -> Iterator[str]:
                     f"counts of eval set {eval_set['name']!r} in row {i}: {problem}"
                     for problem in _cell_problems(eval_set["groups"], by_group, by_class)
                 )
+            yield from _total_problems(record, i)
 
 
 def _cell_problems(names: list[str], by_group: list[list[int]], by_class: list[list[int]]) -> Iterator[str]:
@@ -148,6 +162,19 @@ def _cell_problems(names: list[str], by_group: list[list[int]], by_class: list[l
     sums = [tuple(map(sum, zip(*counts, strict=True))) for counts in (by_group, by_class)]
     if sums[0] != sums[1] or sums[0][1] == 0:
         yield f"expected groups and classes to sum to one (correct, total), the total above 0, got {sums[0]} and {sums[1]}"
+
+
+def _total_problems(record: RunRecord, row: int) -> Iterator[str]:
+    """A row of counts is over every sample of every eval set of the fold."""
+    assert record.results is not None, "a failed record has no counts"
+    prefix, cells = f"{record.identity['fold']}/", record.results["counts"][row]
+    stated = {name: total for name, total in record.data["counts"]["eval"].items() if name.startswith(prefix)}
+    sums = [sum(total for _, total in cell) for cell in cells]
+    counted = {prefix + eval_set["name"]: n for eval_set, n in zip(record.results["eval_sets"], sums, strict=True)}
+    for name in sorted(stated.keys() | counted.keys()):
+        expected, got = (totals.get(name, "none") for totals in (stated, counted))
+        if expected != got:
+            yield f"expected results.counts in row {row} over data.counts.eval of {name!r}, {expected} samples, got {got}"
 
 
 def _metric_problems(record: RunRecord, metrics: Sequence[MetricSpec]) -> Iterator[str]:

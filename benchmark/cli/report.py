@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import typer
@@ -30,6 +31,19 @@ def print_plan(plan: Plan, states: Sequence[str], rerun: bool) -> None:
     print_table(["strategy", "stream", "fold", "seed", "state"], rows)
     finished = f"{list(states).count('finished')} finished"
     typer.echo(f"{counted(len(plan.cells), 'cell')}, {finished}, {counted(len(plan.skipped), 'pair')} skipped")
+
+
+def check_neighbours(plan: Plan, out: Path) -> None:
+    """Refuse to start where no board could be built at the end.
+
+    Raises:
+        InputError: If a record in the folder is damaged, or of another version, split or data of a stream of the plan.
+    """
+    from shiftproof.benchmark.boards.sections import refuse_mixed_streams
+    from shiftproof.benchmark.records import RecordStore
+
+    lying = [record.identity for record in RecordStore(out).all() if not record.protocol["custom"]]
+    refuse_mixed_streams([*lying, *(cell.identity for cell in plan.cells if not cell.request.custom)])
 
 
 @contextmanager

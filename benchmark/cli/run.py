@@ -15,7 +15,7 @@ import typer
 
 from shiftproof.benchmark.cli.console import catalogue, ended_by_sigterm
 from shiftproof.benchmark.cli.facts import suite_of
-from shiftproof.benchmark.cli.report import print_plan, report, show_progress
+from shiftproof.benchmark.cli.report import check_neighbours, print_plan, report, show_progress
 from shiftproof.benchmark.contracts import EXPERT_TRAINER, SuiteSpec
 from shiftproof.benchmark.errors import InputError, OutputError
 from shiftproof.benchmark.names import KINDS, did_you_mean, problems_hint, unknown
@@ -96,6 +96,7 @@ def run(
         return
     _refuse_nothing_to_run(plan)
     check_writable(folder)
+    check_neighbours(plan, folder)
     with show_progress(quiet) as progress:
         outcome = matrix.run_plan(plan, registry, options, progress)
     report(plan, registry, options, outcome)

@@ -12,7 +12,7 @@ import torch
 
 from shiftproof.benchmark.cache import Cache, NotCachedError
 from shiftproof.benchmark.errors import InputError
-from shiftproof.benchmark.experiences import StateDict
+from shiftproof.benchmark.experiences import StateDict, state_sha256
 from shiftproof.benchmark.experts.files import (
     BASE_FILE,
     HEADS_FILE,
@@ -25,7 +25,6 @@ from shiftproof.benchmark.experts.files import (
 )
 from shiftproof.benchmark.experts.making import Source, check_fine_tuned, expert_of, key_of, named_sources, onlooking
 from shiftproof.benchmark.inventory import EXPERT
-from shiftproof.benchmark.lifting import state_sha256
 from shiftproof.benchmark.models import HEADS, Model
 from shiftproof.benchmark.pretraining import BASE, base_key
 from shiftproof.benchmark.recipes import BaseRecipe

@@ -18,8 +18,7 @@ import safetensors.torch
 from torch import Tensor
 
 from shiftproof.benchmark.errors import InputError, OutputError
-from shiftproof.benchmark.experiences import StateDict
-from shiftproof.benchmark.lifting import state_sha256
+from shiftproof.benchmark.experiences import StateDict, state_sha256
 from shiftproof.benchmark.merging.safetensors_files import read_header
 from shiftproof.benchmark.records import canonical
 

@@ -15,12 +15,12 @@ import torch
 
 from shiftproof.benchmark.cache import Cache, locked
 from shiftproof.benchmark.errors import InputError, OutputError
-from shiftproof.benchmark.experiences import DataExperience, StateDict
+from shiftproof.benchmark.experiences import DataExperience, StateDict, state_sha256
 from shiftproof.benchmark.experts.exporting import BACKBONE, base_key_of, entry_of, names_in_file, own_names, plain_state
 from shiftproof.benchmark.experts.files import AGAIN, BASE_FILE, HEADS_FILE, RELEASE_FILE, SUFFIX, Export
 from shiftproof.benchmark.experts.making import Source, check_fine_tuned, key_of, named_sources, onlooking
 from shiftproof.benchmark.inventory import EXPERT
-from shiftproof.benchmark.lifting import expert_facts, state_sha256
+from shiftproof.benchmark.lifting import expert_facts
 from shiftproof.benchmark.pretraining import BASE
 from shiftproof.benchmark.recipes import BaseRecipe
 from shiftproof.benchmark.records import RunRequest, canonical, sha256

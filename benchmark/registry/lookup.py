@@ -165,7 +165,7 @@ class Observers:
                 continue
             try:
                 getattr(loaded.calls, hook)(**facts)
-            except Exception as error:  # an observer is a stranger's code and only looks on: the run goes on without it
+            except (Exception, SystemExit) as error:  # a stranger's code that only looks on: the run goes on without it
                 if (position, hook) not in self._failed:
                     self._failed.add((position, hook))
                     _LOG.warning("%s failed in %s, the run goes on: %s", loaded.entry, hook, one_line(error))
@@ -185,6 +185,8 @@ def load_registry(only: Collection[str] | None = None, files: Sequence[Path] = (
     """
     if len({path.resolve() for path in files}) < len(files):
         raise InputError(f"expected every plugin file once, got one that is given twice: {', '.join(map(str, files))}")
+    if len({path.stem for path in files}) < len(files):  # a module is looked up by its name, for the hash of its code, too
+        raise InputError(f"expected plugin files of different names, got {', '.join(map(str, files))}; rename one")
     registry = Registry(only, files)
     for entry in installed_entries(only):
         try:

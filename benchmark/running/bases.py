@@ -12,8 +12,7 @@ from torch import Tensor
 
 from shiftproof.benchmark.cache import Cache
 from shiftproof.benchmark.errors import InputError
-from shiftproof.benchmark.experiences import ArrayData, StateDict
-from shiftproof.benchmark.lifting import tensor_bytes
+from shiftproof.benchmark.experiences import ArrayData, StateDict, tensor_bytes
 from shiftproof.benchmark.models import Model
 from shiftproof.benchmark.pretraining import base_weights, read_base
 from shiftproof.benchmark.recipes import BaseRecipe

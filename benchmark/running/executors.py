@@ -101,7 +101,7 @@ class ProcessExecutor:
         spawn = multiprocessing.get_context("spawn")
         ranks = spawn.Value("i", 0)
         others = set(multiprocessing.active_children())
-        with _one_thread(), ProcessPoolExecutor(workers, spawn, start_worker, (ranks,)) as pool:
+        with _worker_environment(), ProcessPoolExecutor(workers, spawn, start_worker, (ranks,)) as pool:
             pending: dict[Future[JobResult], Job] = {}
             queue = iter(jobs)
             try:
@@ -146,12 +146,14 @@ def _no_interrupts() -> Iterator[None]:
         signal.raise_signal(got)
 
 
-class _one_thread:
-    """Environment for spawned workers: numerical libraries read it when they are imported."""
+class _worker_environment:
+    """For spawned workers: numerical libraries and Python read it when they start."""
 
     def __enter__(self) -> None:
-        self.before: dict[str, Any] = {name: os.environ.get(name) for name in THREADS}
-        os.environ.update(dict.fromkeys(THREADS, "1"))
+        # Without the last, a file in the working folder would be taken for a module of Python's own that has its name.
+        wanted = dict.fromkeys([*THREADS, "PYTHONSAFEPATH"], "1")
+        self.before: dict[str, Any] = {name: os.environ.get(name) for name in wanted}
+        os.environ.update(wanted)
 
     def __exit__(self, *exception: object) -> None:
         for name, value in self.before.items():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import threading
+import time
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -50,6 +51,8 @@ class Job:
     wait: bool = False
 
 
+LINGER_SECONDS = 2.0  # in which a worker that has done its work may end by itself
+
 _worker_rank = 0
 
 
@@ -66,6 +69,7 @@ def start_worker(ranks: Any) -> None:
         ranks.value += 1
     limit_threads()
     threading.Thread(target=_end_with_parent, daemon=True).start()
+    threading.Thread(target=_end_with_main_thread, daemon=True).start()
 
 
 def _end_with_parent() -> None:
@@ -74,6 +78,13 @@ def _end_with_parent() -> None:
     if parent is not None:
         parent.join()
         os._exit(1)
+
+
+def _end_with_main_thread() -> None:
+    """A thread that a strategy has left behind would keep the worker, and with it the suite, from ending."""
+    threading.main_thread().join()
+    time.sleep(LINGER_SECONDS)
+    os._exit(0)
 
 
 def execute(job: Job) -> JobResult:
@@ -115,7 +126,7 @@ def _run(job: Job, out: Path) -> RunRecord:
             "a file changed while the suite was running: start it again"
         )
     record = run_cell(cell, registry, out, Cache(), device, job.checkpoint_seconds, job.command, job.rerun)
-    if record.error is not None and record.error["type"] == "ContractError":
+    if record.status == "failed":
         _stream.cache_clear()  # the strategy may have changed the data for those that come after it
     return record
 

@@ -35,9 +35,12 @@ from shiftproof.benchmark.running.cells import (
     origin_of,
 )
 from shiftproof.benchmark.running.composing import compose, describe_failure
+from shiftproof.benchmark.running.isolation import own_process
 from shiftproof.benchmark.streams import Fold
 
 _LOG = logging.getLogger("shiftproof")
+
+_ALTERED = "the strategy alters the training data in place, which other cells read, too; work on a copy"
 
 
 @dataclass
@@ -81,6 +84,10 @@ class CellRun:
         cell = self.cell
         fold = cell.stream.fold(cell.request.fold)
         experiences = lifting.lift(cell.spec, fold)
+        # Base and release come from the data as they are, and are kept for others: before a strategy has laid hands on those.
+        self.context.new_model()
+        if cell.stream.release is not None:
+            self.release()
         strategy = cell.spec.build(cell.config, self.context)
         self._resume(strategy)
         progress = self.progress
@@ -96,6 +103,8 @@ class CellRun:
             self._tell(experience.name, position)
             if isinstance(strategy, Resumable):
                 self.context.tick(strategy.state)
+        if cell.stream.content_sha256() != cell.stream.data_sha256:
+            raise ContractError(_ALTERED)
         measured = [(experiences[i].name, row) for i, row in enumerate(progress.rows) if row]
         return {
             "experiences": [name for name, _ in measured],
@@ -125,7 +134,7 @@ class CellRun:
         with self.context.global_rng("learn", position):
             logs = _checked(strategy.learn(experience))
         if _versions(experience) != before:
-            raise ContractError("the strategy alters the training data in place, which other cells read, too; work on a copy")
+            raise ContractError(_ALTERED)
         return logs
 
     def _evaluate(self, strategy: Any, fold: Fold, position: int) -> list[EvalCounts]:
@@ -213,17 +222,13 @@ def run_cell(
     provenance = Provenance(module, command)
     registry.observers.run_started(cell.request)
     results, error = None, None
-    threads = torch.get_num_threads()
     try:
-        with run.context.global_rng("global"):
+        with own_process(), run.context.global_rng("global"):
             results = run.results()
     except OutputError:
         raise  # the disk is full or read-only: not the strategy's fault, and the user can mend it
     except (Exception, SystemExit) as failure:  # a stranger's code: whatever it raises becomes the record's reason
         error = describe_failure(failure, run.where, module)
-    finally:
-        if torch.get_num_threads() != threads:
-            torch.set_num_threads(threads)  # what a strategy has set is not there for those that come after it
     record = compose(run, provenance.block(attempts, run.progress.resumed_from), results, error)
     store.write(record)
     run.clean(store.path(cell.run_id))

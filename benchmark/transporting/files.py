@@ -12,8 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from shiftproof.benchmark.errors import InputError
-from shiftproof.benchmark.experiences import StateDict
-from shiftproof.benchmark.lifting import state_sha256
+from shiftproof.benchmark.experiences import StateDict, state_sha256
 from shiftproof.benchmark.records import canonical, parse_json, write_atomically
 from shiftproof.benchmark.transporting.alignment import Alignment, Search
 from shiftproof.benchmark.transporting.specification import PermutationSpec

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import functools
 import hashlib
 import json
 import os
@@ -78,8 +79,21 @@ def block(text: str) -> str:
         (lambda text: text.replace('"schema_version": "1.', '"schema_version": "2.'), "got 2.0.0; update shiftproof"),
         (block, "expected the block 'provenance' as an object, got NoneType"),
         (lambda text: "[" * 100_000, "expected a JSON file, got one that is nested too deeply to be read"),
+        (lambda text: text.replace("0.5", "[" * 101 + "]" * 101), "got one that is nested too deeply to be read"),
+        (lambda text: text.replace('"label"', '"label": "lws",\n"label"'), "got one that holds the key 'label' twice"),
+        (lambda text: text.replace("60.0", "1e999"), "got one that holds 1e999, which no float can hold"),
+        (lambda text: text.replace("60.0", str(2**64)), "holds an integer of 20 digits, which 64 bits cannot hold"),
+        (lambda text: text.replace("60.0", "9" * 5000), "holds an integer of 5000 digits, which 64 bits cannot hold"),
+        (lambda text: text.replace("1.0.0", "1.0." + "9" * 5000), "got 1.0.9999999999999999; write it again"),
+        (lambda text: text.replace('"attempts": 1', '"attempts": "1"'), "expected provenance.attempts of type int, got str"),
+        (lambda text: json.dumps({**json.loads(text), "run_id": 1}), "expected run_id of type str, got int"),
+        (lambda text: json.dumps(json.loads(text)), "got other spacing or order; leave records as they were written"),
+        (lambda text: json.dumps(dict(reversed(json.loads(text).items())), indent=1) + "\n", "got other spacing or order"),
     ],
-    ids=["truncated", "empty", "list", "nan", "kind", "field", "newer", "block", "nested"],
+    ids=[
+        *["truncated", "empty", "list", "nan", "kind", "field", "newer", "block", "nested", "nested-101"],
+        *["twice", "overflow", "65-bit", "5000-digit", "version", "attempts", "run-id", "indented", "ordered"],
+    ],
 )
 def test_a_damaged_record_is_one_line_that_names_the_file(
     make_record: MakeRecord, tmp_path: Path, damage: Callable[[str], str], said: str
@@ -116,6 +130,12 @@ def test_a_file_under_another_name_than_its_run_id_is_refused(make_record: MakeR
         read_records(tmp_path)
 
 
+def test_integers_of_64_bits_and_100_levels_are_read() -> None:
+    content = {"a": [2**64 - 1, -(2**63), 1e308]}
+    deepest = functools.reduce(lambda inner, _: [inner], range(99), 0)
+    assert parse_json(json.dumps(content | {"c": deepest}), "a file") == content | {"c": deepest}
+
+
 @pytest.mark.parametrize(
     ("version", "advice"),
     [
@@ -124,6 +144,7 @@ def test_a_file_under_another_name_than_its_run_id_is_refused(make_record: MakeR
         ("0.9.0", "write it again"),
         ("none", "write it again"),
         ("1.0", "write it again"),
+        ("1.0.x", "write it again"),
     ],
 )
 def test_other_schemas_are_refused(version: str, advice: str) -> None:

@@ -6,6 +6,7 @@ import csv
 import io
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -29,7 +30,7 @@ def board(make_record: MakeRecord) -> dict[str, Any]:
     records = [make_record("er", seed, two_groups(90 + seed, 60 + seed), **offline) for seed in range(3)]
     records += [make_record("lws", seed, two_groups(90 + seed, 80 + seed), config={"g": 1}, **offline) for seed in range(3)]
     records += [make_record("lws", seed, two_groups(85 + seed, 30 + seed), config={"g": 2}, **offline) for seed in range(3)]
-    records += [make_record("gd|ro_&", seed, two_groups(95, 94), uses_group_labels=True, **offline) for seed in range(3)]
+    records += [make_record("gdro", seed, two_groups(95, 94), uses_group_labels=True, **offline) for seed in range(3)]
     records += [make_record("nan", seed, failed=seed == 1, **offline, threads=2) for seed in range(2)]
     return build_board("demo", records)
 
@@ -49,10 +50,10 @@ def test_markdown_shows_percent_rank_range_and_flags_in_the_order_of_worst_group
     assert lines[start + 2 : start + 8] == [
         "| strategy | average ↑ | worst ↑ | rank | flags |",
         "| --- | ---: | ---: | ---: | --- |",
-        r"| gd\|ro_& | 94.5 ± 0.0 | 94.0 ± 0.0 | – | group labels |",
-        "| lws [g=1] | 86.0 ± 1.0 | 81.0 ± 1.0 | 1 (1–1) |  |",
+        "| gdro | 94.5 ± 0.0 | 94.0 ± 0.0 | – | group labels |",
+        r"| lws \[g=1] | 86.0 ± 1.0 | 81.0 ± 1.0 | 1 (1–1) |  |",
         "| er | 76.0 ± 1.0 | 61.0 ± 1.0 | 2 (2–2) |  |",
-        "| lws [g=2] | 58.5 ± 1.0 | 31.0 ± 1.0 | 3 (3–3) |  |",
+        r"| lws \[g=2] | 58.5 ± 1.0 | 31.0 ± 1.0 | 3 (3–3) |  |",
     ]
     assert "All rows together: mixed threads. Failed: nan, seed 1: loss is nan." in lines[-1]
 
@@ -91,8 +92,9 @@ def test_csv_holds_every_number_as_stored(board: dict[str, Any]) -> None:
 
 
 def test_latex_escapes_what_latex_would_read_as_commands(board: dict[str, Any]) -> None:
+    board["sections"][0]["rows"][0]["variant"] = "a|b_&"
     text = render(board, "latex")
-    assert r"gd|ro\_\& & 94.5 $\pm$ 0.0 & 94.0 $\pm$ 0.0 & -- & group labels \\" in text
+    assert r"gdro [a|b\_\&] & 94.5 $\pm$ 0.0 & 94.0 $\pm$ 0.0 & -- & group labels \\" in text
     assert text.count(r"\begin{table}") == text.count(r"\end{table}") == 1
     assert r"95 \% for all rows" in text
     body = text[text.index(r"\toprule") : text.index(r"\bottomrule")]
@@ -100,8 +102,9 @@ def test_latex_escapes_what_latex_would_read_as_commands(board: dict[str, Any]) 
 
 
 def test_tables_fit_into_100_columns_with_long_names_and_all_flags(make_record: MakeRecord) -> None:
-    name, facts = "clusterfix-replay@released", {"uses_group_labels": True, "uses_bias_knowledge": True, "git_dirty": True}
-    records = [make_record(name, 0, **facts), make_record(name, 1, threads=2, **facts), make_record("er", 3)]
+    facts: dict[str, Any] = {"uses_group_labels": True, "uses_bias_knowledge": True, "git_dirty": True}
+    facts |= {"strategy": "clusterfix-replay", "label": "clusterfix-replay@released"}
+    records = [make_record(seed=0, **facts), make_record(seed=1, threads=2, **facts), make_record("er", 3)]
     lines = printed(build_board("wide", records), 100).splitlines()
     assert max(map(len, lines)) <= 100
     assert any("clusterfix-replay@released" in line and "±" in line for line in lines)
@@ -111,6 +114,41 @@ def test_tables_show_brackets_of_labels_and_not_take_them_for_markup(board: dict
     text = printed(board, 100)
     assert "lws [g=1]" in text
     assert "61.0 ± 1.0" in text
+
+
+INJECTED = "\x1b[2J\n# h | <script> ![x](y) \\ \u202e"
+
+
+@pytest.fixture
+def injected(make_record: MakeRecord) -> dict[str, Any]:
+    """A board with such a text wherever a record may hold a free one."""
+    config, recipe = {"note": INJECTED}, {"name": INJECTED}
+    records = [make_record("er", config=config, recipe=recipe), make_record("er", recipe=recipe)]
+    failed = make_record("nan", failed=True, recipe=recipe)
+    assert failed.error is not None
+    return build_board(INJECTED, [*records, replace(failed, error=failed.error | {"message": INJECTED})])
+
+
+@pytest.mark.parametrize("format", ["csv", "markdown", "latex", "table"])
+def test_no_export_holds_a_character_that_a_terminal_obeys(injected: dict[str, Any], format: str) -> None:
+    text = printed(injected, 200) if format == "table" else render(injected, format)
+    assert [line for line in text.splitlines() if not line.isprintable()] == []
+    assert "h | <script>" in text.replace("\\", "") or format == "table"
+
+
+def test_markdown_shows_free_text_as_text(injected: dict[str, Any]) -> None:
+    text = render(injected, "markdown")
+    assert text.count(r" \[2J # h \| \<script> !\[x](y) \\ ") == 4  # name, title, variant and reason
+    assert sum(line.startswith("#") for line in text.splitlines()) == 2
+    assert "<script>" not in text.replace(r"\<", "")
+
+
+@pytest.mark.parametrize("text", ["=HYPERLINK(1)", "+1", "-1", "@SUM(1)"])
+def test_csv_holds_no_text_that_a_spreadsheet_would_compute(board: dict[str, Any], text: str) -> None:
+    board["sections"][0]["rows"][0]["variant"] = text
+    board["sections"][0]["rows"][0]["metrics"]["worst"]["mean"] = -0.5
+    line = next(csv.DictReader(io.StringIO(render(board, "csv"))))
+    assert (line["variant"], line["worst_mean"]) == (f"'{text}", "-0.5")
 
 
 def test_every_section_has_a_table_with_its_title(make_record: MakeRecord) -> None:

@@ -23,7 +23,8 @@ MakeRecord = Callable[..., RunRecord]
 
 @pytest.fixture
 def records(make_record: MakeRecord) -> list[RunRecord]:
-    made = [make_record(name, seed) for name in ("er", "sgd", "lws@$x_1$") for seed in range(3)]
+    made = [make_record(name, seed) for name in ("er", "sgd") for seed in range(3)]
+    made += [make_record("er", seed, config={"note": "$x_1$"}) for seed in range(3)]
     made += [make_record("gdro", seed, uses_group_labels=True) for seed in range(3)]
     made += [make_record("joint", seed, [[[(80, 100)], [(70, 100)]]], experiences=["joint"]) for seed in range(3)]
     return [*made, make_record("nan", 0, failed=True)]
@@ -42,6 +43,14 @@ def test_pictures_are_the_same_to_the_byte_and_hold_no_metadata(records: list[Ru
         pixels = image.imread(io.BytesIO(content))
         assert pixels.shape[1] >= 1400
         assert 0.005 < float((pixels[..., :3].min(2) < 0.6).mean()) < 0.5  # something is drawn, on a light ground
+
+
+def test_half_a_character_is_drawn_as_a_space(make_record: MakeRecord, tmp_path: Path) -> None:
+    def drawn(note: str) -> list[bytes]:
+        records = [make_record("er"), make_record("er", config={"note": note})]
+        return list(draw_board(build_board("b", records), records, tmp_path).values())
+
+    assert drawn("caf\udce9") == drawn("caf ")
 
 
 def test_a_section_without_an_order_of_tasks_has_no_sequence(make_record: MakeRecord, tmp_path: Path) -> None:

@@ -17,9 +17,11 @@ import pytest
 from scipy import stats
 
 from shiftproof.benchmark.boards.leaderboard import board_json, build_board, check_board, read_board, record_texts, validate
+from shiftproof.benchmark.boards.verification import schema
 from shiftproof.benchmark.contracts import MetricSpec
 from shiftproof.benchmark.errors import InputError
 from shiftproof.benchmark.metrics import shiftproof_metrics
+from shiftproof.benchmark.names import NAME
 from shiftproof.benchmark.records import RecordStore, RunRecord, sha256
 
 Board = dict[str, Any]
@@ -278,6 +280,18 @@ def test_two_versions_of_a_strategys_code_are_two_rows(make_record: MakeRecord) 
     assert sorted(rows(board)) == sorted(f"lws code={sha256(text)[:8]}" for text in ("lws", "edited"))
 
 
+def test_merges_of_experts_by_two_versions_of_the_trainers_code_are_two_rows(make_record: MakeRecord) -> None:
+    def merged(seed: int, trainer: str) -> RunRecord:
+        record = make_record("ties", seed)
+        identity = {**record.identity, "experts": {"strategy": "sgd", "code_sha256": sha256(trainer)}}
+        return replace(record, identity=identity, run_id=sha256(identity))
+
+    board = build_board("b", [merged(0, "old"), merged(1, "old"), merged(0, "new")])
+    found = {name: (row["seeds"], row["flags"]) for name, row in rows(board).items()}
+    old, new = (f"ties experts.code={sha256(text)[:8]}" for text in ("old", "new"))
+    assert found == {old: ([0, 1], []), new: ([0], ["incomplete"])}
+
+
 def test_hashes_are_shown_where_configs_alone_do_not_tell_rows_apart(make_record: MakeRecord) -> None:
     code = sha256("edited")
     changes: list[dict[str, Any]] = [{"config": {"g": 1}}, {"config": {"g": 2}}, {"config": {"g": 1}, "code_sha256": code}]
@@ -357,7 +371,7 @@ def test_titles_name_what_tells_sections_apart(make_record: MakeRecord) -> None:
 @pytest.mark.parametrize("name", ["split_sha256", "data_sha256", "stream_version"])
 def test_standard_records_that_differ_in_version_split_or_data_are_refused(make_record: MakeRecord, name: str) -> None:
     value = "2" if name == "stream_version" else sha256("other")
-    with pytest.raises(InputError, match=f"of stream 'b-digits' on a board, got {name} .* and .*; build a board from each"):
+    with pytest.raises(InputError, match=f"of stream 'b-digits' on a board, got {name} .* and .*; give each a board"):
         build_board("b", [make_record("er"), make_record("sgd", **{name: value})])
 
 
@@ -399,13 +413,38 @@ def edit_code_hash(content: Any) -> None:
     content["plugin"]["code_sha256"] = sha256("other")
 
 
+def edit_label(content: Any) -> None:
+    content["label"] = "lws@released"
+
+
+def edit_group_labels(content: Any) -> None:
+    content["protocol"]["consumes"] = "GroupedExperience"
+
+
+def edit_recipe(content: Any) -> None:
+    content["protocol"]["recipe"] = "quick"
+
+
+def edit_backbone(content: Any) -> None:
+    content["protocol"]["backbone"] = "vit"
+
+
+def edit_samples(content: Any) -> None:
+    content["data"]["counts"]["eval"]["all/task-0"] = 100
+
+
 EDITS: dict[Callable[[Any], None], str] = {
-    edit_seed: "expected run_id [0-9a-f]{64}, got",
-    edit_count: "expected results_sha256 [0-9a-f]{64}, got",
+    edit_seed: 'expected run_id "[0-9a-f]{64}", got',
+    edit_count: 'expected results_sha256 "[0-9a-f]{64}", got',
     edit_metric: "metric 'worst': expected 0.[0-9]+ from the counts, got",
     edit_definition: "metric 'worst': expected the definition 'Mean over",
     edit_data_hash: "expected data.data_sha256",
     edit_code_hash: "expected plugin.code_sha256",
+    edit_label: 'expected label "(er|sgd)@released", got "lws@released"',
+    edit_group_labels: "expected protocol.uses_group_labels true, got false",
+    edit_recipe: 'expected protocol.recipe "standard", got "quick"',
+    edit_backbone: 'expected protocol.backbone "small-conv", got "vit"',
+    edit_samples: "expected results.counts in row 0 over data.counts.eval of 'all/task-0', 100 samples, got 200",
 }
 
 
@@ -417,6 +456,16 @@ def test_a_board_of_an_edited_record_is_refused(make_record: MakeRecord, edit: C
         build_board("b", [RunRecord(**content)])
 
 
+def without_first_eval_set(results: Any) -> None:
+    for row in (results["eval_sets"], *results["counts"], *results["class_counts"]):
+        del row[0]
+
+
+def with_half_the_samples(results: Any) -> None:
+    results["counts"][1][0] = [[25, 50], [25, 50]]
+    results["class_counts"][1][0] = [[25, 50], [25, 50]]
+
+
 @pytest.mark.parametrize(
     ("edit", "problem"),
     [
@@ -425,6 +474,9 @@ def test_a_board_of_an_edited_record_is_refused(make_record: MakeRecord, edit: C
         (lambda results: results["counts"][0][0].pop(), "expected 2 groups, got 1"),
         (lambda results: results["counts"][0][0].__setitem__(0, [101, 100]), "at most as many correct as in total"),
         (lambda results: results["class_counts"][0][0][0].__setitem__(0, 0), "groups and classes to sum to one"),
+        (lambda results: results["eval_sets"][0].__setitem__("name", "task-1"), "expected 2 eval sets of different names"),
+        (without_first_eval_set, "in row 0 over data.counts.eval of 'all/task-0', 200 samples, got none"),
+        (with_half_the_samples, "in row 1 over data.counts.eval of 'all/task-0', 200 samples, got 100"),
     ],
 )
 def test_counts_that_contradict_each_other_are_refused_though_their_hash_is_right(
@@ -583,6 +635,7 @@ def test_a_board_is_read_back_as_it_was_built(board_file: Path, records: list[Ru
         (lambda text: text.replace('"kind": "board"', '"kind": "bored"'), "expected a board, got kind 'bored'"),
         (lambda text: "[]", "expected a JSON object, got list"),
         (lambda text: "[" * 100_000, "expected a JSON file, got one that is nested too deeply"),
+        (lambda text: text.replace('"mean": ', '"mean": 0.999999,\n"mean": ', 1), "one that holds the key 'mean' twice"),
     ],
 )
 def test_a_damaged_board_is_refused_in_one_line(board_file: Path, damage: Callable[[str], str], message: str) -> None:
@@ -619,6 +672,32 @@ def test_a_violation_is_named_by_its_json_path(make_record: MakeRecord) -> None:
     content = json.loads(make_record("er").to_json())
     content["cost"]["wall_seconds"] = "long"
     with pytest.raises(InputError, match=r"document: .* got at \$\.cost\.wall_seconds: 'long' is not of type"):
+        validate(content)
+
+
+@pytest.mark.parametrize(
+    "label", ["\x1b[31mer", "er\n", "er |", "<script>", "=HYPERLINK(1)", "caf\udce9", "er@", "er@a@b", "Er", "er gamma=1", ""]
+)
+def test_a_label_that_no_strategy_and_preset_can_have_is_refused(make_record: MakeRecord, label: str) -> None:
+    with pytest.raises(InputError, match=r"got at \$\.label") as caught:
+        build_board("b", [replace(make_record("er"), label=label)])
+    assert str(caught.value).isprintable()
+
+
+def test_labels_in_the_schema_are_the_names_that_can_be_registered() -> None:
+    assert schema()["$defs"]["label"]["pattern"] == rf"^{NAME.pattern}(@{NAME.pattern})?(?![\s\S])"
+
+
+@pytest.mark.parametrize(
+    ("block", "name", "value"),
+    [("cost", "wall_seconds", 1e308), ("provenance", "attempts", 1.0), ("identity", "seed", 0.0), ("identity", "seed", True)],
+)
+def test_numbers_out_of_bounds_and_floats_for_integers_are_refused(
+    make_record: MakeRecord, block: str, name: str, value: object
+) -> None:
+    content = json.loads(make_record("er").to_json())
+    content[block][name] = value
+    with pytest.raises(InputError, match=re.escape(f"got at $.{block}.{name}: {value} is ")):
         validate(content)
 
 

@@ -179,6 +179,8 @@ def test_records_that_no_board_can_be_built_from_are_named_by_their_files(folder
     assert refused("build", folder, "-o", folder / "new.json").startswith(f"error: {path}: expected results_sha256")
     path.write_text("[" * 100_000)
     assert refused("build", folder, "-o", folder / "new.json").startswith(f"error: {path}: expected a JSON file")
+    path.write_text(json.dumps(json.loads(records[0].to_json())))
+    assert refused("build", folder, "-o", folder / "new.json").startswith(f"error: {path}: expected a record laid out as")
 
 
 def test_a_full_disk_keeps_neither_board_nor_pictures_and_the_table_is_shown(

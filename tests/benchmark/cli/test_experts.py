@@ -16,8 +16,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
+from shiftproof.benchmark.cache import CONTENT
 from shiftproof.benchmark.cli.main import app
 from shiftproof.benchmark.evaluation import evaluate
+from shiftproof.benchmark.experiences import state_sha256
 from shiftproof.benchmark.experts.making import request_for
 from shiftproof.benchmark.models import Model
 from shiftproof.benchmark.records import RecordStore
@@ -214,7 +216,8 @@ def test_the_list_says_of_each_expert_in_the_cache_what_it_is(cache: Path, odd: 
 def test_the_list_counts_what_does_not_say_what_it_is_and_passes_over_what_is_damaged(cache: Path) -> None:
     call("experts", "train", *TINY, "--seeds", "0")
     first, second = sorted(cache.glob("expert/*.safetensors"))
-    save_file(load_file(first), first)
+    weights = load_file(first)
+    save_file(weights, first, {CONTENT: state_sha256(weights)})
     second.write_bytes(second.read_bytes()[:-5])
     result = call("experts", "list")
     assert (result.exit_code, "no such experts" in result.stdout) == (0, True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from shiftproof.benchmark.cli.main import app
 from shiftproof.benchmark.cli.run import names_of, parse_seeds, registry_for
 from shiftproof.benchmark.contracts import SuiteSpec
 from shiftproof.benchmark.errors import InputError
+from shiftproof.benchmark.records import RecordStore, read_record, sha256
 from shiftproof.benchmark.registry.catalogue import read_catalogue
 
 SHORT = ("--set", "recipe.epochs=1", "--executor", "inline", "--device", "cpu")
@@ -196,6 +198,22 @@ def test_an_output_folder_that_cannot_be_written_is_refused_before_anything_runs
     for out in (tmp_path / "file", tmp_path / "file" / "deeper" / "out"):
         assert f"expected a folder for --out, got {out}, where file is a file" in refused("run", "toy", "--out", str(out))
     assert "File name too long" in refused("run", "toy", "--out", str(tmp_path / ("a" * 300)))
+
+
+def test_records_beside_which_there_can_be_no_board_are_refused_before_anything_runs(toy: Path, out: Path) -> None:
+    command = ("run", "short", "--executor", "inline", "--device", "cpu", "--out", str(out))
+    call(*command)
+    (file,) = (out / "records").glob("*.json")
+    record = read_record(file)
+    identity = {**record.identity, "stream_version": "0"}
+    file.unlink()
+    RecordStore(out).write(replace(record, identity=identity, run_id=sha256(identity)))
+    (older,) = (out / "records").glob("*.json")
+    line = refused(*command)
+    assert "expected one version, split and data set of stream 'toy-stream' on a board, got stream_version 0 and 1" in line
+    older.write_text(older.read_text()[:-9])
+    assert f"{older.name}: " in refused(*command)
+    assert list((out / "records").iterdir()) == [older]
 
 
 def test_a_loose_file_with_an_installed_name_is_an_error_that_names_both(toy: Path, tmp_path: Path) -> None:

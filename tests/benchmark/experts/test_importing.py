@@ -13,14 +13,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from shiftproof.benchmark.cache import Cache
+from shiftproof.benchmark.cache import CONTENT, Cache
 from shiftproof.benchmark.errors import InputError, OutputError
-from shiftproof.benchmark.experiences import StateDict
+from shiftproof.benchmark.experiences import StateDict, state_sha256
 from shiftproof.benchmark.experts.exporting import export_experts
 from shiftproof.benchmark.experts.files import METADATA, Facts, new_export, read_export, read_facts, write_part
 from shiftproof.benchmark.experts.importing import Taken, differences, import_experts
 from shiftproof.benchmark.experts.making import expert_of, key_of, named_sources, onlooking, request_for, train
-from shiftproof.benchmark.lifting import state_sha256
 from shiftproof.benchmark.records import sha256
 from shiftproof.benchmark.registry.lookup import Registry, load_registry
 from shiftproof.benchmark.running.bases import Bases
@@ -296,7 +295,8 @@ def test_other_weights_in_the_cache_are_replaced_only_if_told(
     entry = next((made / "cache" / kind).glob("*.safetensors"))
     here = tmp_path / "here" / kind / entry.name
     here.parent.mkdir(parents=True)
-    save_file({name: torch.zeros_like(tensor) for name, tensor in load_file(entry).items()}, here)
+    others = {name: torch.zeros_like(tensor) for name, tensor in load_file(entry).items()}
+    save_file(others, here, {CONTENT: state_sha256(others)})
     with pytest.raises(InputError, match=r"expected a cache without it or with the same weights, .*; give --force to replace"):
         take()
     assert stored(tmp_path / "here") == [here]

@@ -149,6 +149,10 @@ def test_a_loose_file_is_given_once_and_is_a_file(tmp_path: Path) -> None:
     file = write(tmp_path / "mine.py", suite("mine"))
     with pytest.raises(InputError, match=r"expected every plugin file once, got one that is given twice: .*mine.py"):
         load_registry([], [file, tmp_path / "." / "mine.py"])
+    (tmp_path / "other").mkdir()
+    namesake = write(tmp_path / "other" / "mine.py", suite("theirs"))
+    with pytest.raises(InputError, match=r"expected plugin files of different names, got .*mine.py, .*mine.py; rename one"):
+        load_registry([], [file, namesake])
     with pytest.raises(InputError, match=r"expected a Python file as plugin, got .*, which is a folder"):
         load_registry([], [tmp_path])
 

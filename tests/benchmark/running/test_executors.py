@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -62,6 +63,14 @@ def test_two_workers_give_the_results_of_one_process_bit_for_bit_and_lose_only_t
     spawned, inline = (RecordStore(tmp_path / name).all() for name in ("process", "inline"))
     assert [(one.run_id, one.results, one.logs) for one in spawned] == [(one.run_id, one.results, one.logs) for one in inline]
     assert [one.provenance["threads"] for one in (*spawned, *inline)] == [1] * 4
+
+
+def test_a_thread_that_a_strategy_leaves_behind_does_not_keep_the_suite_from_ending(
+    plan_of: PlanOf, registry: Registry, tmp_path: Path
+) -> None:
+    started = time.monotonic()
+    assert run_plan(plan_of("lingerer"), registry, options(registry, tmp_path / "out", "process")).finished == 1
+    assert time.monotonic() - started < 50  # the thread sleeps for 60
 
 
 def test_two_processes_on_one_output_folder_share_it(registry: Registry, tmp_path: Path) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import re
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -150,19 +152,55 @@ def test_a_failure_is_a_record_with_its_reason_and_place_in_one_line_without_pat
     assert not any("\n" in part for part in record.error.values())
 
 
+@pytest.mark.parametrize("scribbler", ["scribbler", "late-scribbler"])
 def test_data_that_a_strategy_scribbled_on_are_not_there_for_the_next_cell(
-    plan_of: PlanOf, registry: Registry, tmp_path: Path
+    plan_of: PlanOf, registry: Registry, tmp_path: Path, scribbler: str
 ) -> None:
     from shiftproof.benchmark.running.matrix import RunOptions, run_plan
 
     alone = run_plan(plan_of("plain"), registry, RunOptions(tmp_path / "a", "inline", files=loose(registry)))
-    plan = plan_of("scribbler,plain")
+    plan = plan_of(f"{scribbler},plain")
     both = run_plan(plan, registry, RunOptions(tmp_path / "b", "inline", files=loose(registry)))
     assert (alone.finished, both.finished, len(both.failed)) == (1, 1, 1)
     after, before = (RecordStore(tmp_path / name).read(plan.cells[1].run_id) for name in "ba")
     assert after is not None
     assert before is not None
     assert after.results == before.results
+    assert both.failed[0].error is not None
+    assert "alters the training data in place" in both.failed[0].error["message"]
+
+
+def test_a_base_is_learned_from_the_data_as_they_were_before_a_strategy_altered_them(
+    plan_of: PlanOf, registry: Registry, tmp_path: Path
+) -> None:
+    learned = ("base.kind=barlow-twins", "base.epochs=1", "base.batch_size=16")
+    clean = run_cell(plan_of("plain", *learned).cells[0], registry, tmp_path / "a", Cache(tmp_path / "one"))
+    (cell,) = plan_of("plain", *learned).cells
+
+    def build(config: Any, context: Any) -> Any:
+        cell.stream.folds[0].train[0].train.x.zero_()  # type: ignore[union-attr]  # a DataExperience
+        return cell.spec.build(config, context)
+
+    altering = replace(cell, spec=replace(cell.spec, build=build))
+    altered = run_cell(altering, registry, tmp_path / "b", Cache(tmp_path / "other"))
+    assert (clean.status, altered.status) == ("finished", "failed")
+    assert altered.protocol["base_weights_sha256"] == clean.protocol["base_weights_sha256"]
+
+
+def test_settings_of_the_process_that_a_strategy_leaves_altered_do_not_reach_the_next_cell(
+    run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    before = run("plain")
+
+    def settings() -> list[object]:
+        own = torch.get_default_dtype(), torch.is_grad_enabled(), torch.get_default_device(), torch.backends.mkldnn.enabled
+        return [*own, np.geterr(), dict(os.environ), Path.cwd()]
+
+    clean = settings()
+    assert run("meddler").status == "finished"
+    assert settings() == clean
+    assert run("plain").results == before.results
 
 
 def loose(registry: Registry) -> tuple[str, ...]:
@@ -362,7 +400,7 @@ def test_scratch_of_a_cell_is_gone_once_it_is_recorded(plan_of: PlanOf, registry
     assert files_below(tmp_path) == [f"records/{record.run_id}.json"]
 
 
-@pytest.mark.parametrize("value", [lambda scores: 1 / 0, lambda scores: float("inf"), lambda scores: "good"])
+@pytest.mark.parametrize("value", [lambda scores: 1 / 0, lambda scores: float("inf"), lambda scores: "good", sys.exit])
 def test_a_metric_that_fails_is_left_open_and_does_not_cost_the_run(
     run: Run, registry: Registry, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, value: Any
 ) -> None:
