@@ -61,17 +61,19 @@ class Model(nn.Module):
             logits: Tensor = self.head(task)(features)
             return logits
         # Only heads that are present take part, so that no other head receives a gradient; one product serves them all.
-        present, position = task.unique(return_inverse=True)
+        present = sorted(set(task.tolist()))
         if len(present) == 1:
-            return self.classify(features, int(present))
-        heads = [self.head(one) for one in present.tolist()]
+            return self.classify(features, present[0])
+        heads = [self.head(one) for one in present]
         weight, bias = torch.cat([head.weight for head in heads]), torch.cat([head.bias for head in heads])
         every = nn.functional.linear(features, weight, bias)  # (B, classes of all heads present)
         widths = [head.out_features for head in heads]
         if min(widths) < max(widths):
             every = torch.cat([_padded(part, max(widths)) for part in every.split(widths, dim=1)], dim=1)
-        own = position[:, None, None].expand(-1, 1, max(widths))
-        return every.view(len(task), len(heads), -1).gather(1, own).squeeze(1)  # backwards quicker than indexing
+        has_gaps = present[-1] >= len(present)  # ids count from 0
+        position = torch.searchsorted(torch.tensor(present, device=task.device), task) if has_gaps else task
+        columns = torch.arange(every.shape[1], device=task.device).view(len(heads), -1).index_select(0, position)
+        return every.gather(1, columns)  # backwards quicker than indexing
 
     def forward(self, x: Tensor, task: int | Tensor) -> Tensor:
         """(B, C) logits of (B, ...) inputs; `task` is one task id or (B,) int64."""

@@ -21,9 +21,12 @@ def reservoir_slots(seen: int, capacity: int, draws: Array) -> Array:
     Returns:
         (B,) int64, a slot, or -1 for a sample that is passed over. Later entries overwrite earlier ones.
     """
-    position = np.arange(seen, seen + len(draws))
-    slot = np.where(position < capacity, position, (draws * (position + 1)).astype(np.int64))
-    return np.where(slot < capacity, slot, -1)
+    counted = np.arange(seen + 1, seen + len(draws) + 1)  # samples so far, each included
+    slot: Array = (draws * counted).astype(np.int64)
+    slot[slot >= capacity] = -1
+    if seen < capacity:
+        slot[: capacity - seen] = counted[: capacity - seen] - 1
+    return slot
 
 
 def loss_bins(losses: Array, low: float, high: float, bins: int) -> Array:

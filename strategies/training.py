@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from shiftproof.benchmark import Batch, DataExperience, Model, Recipe, RunContext, as_float
 from shiftproof.benchmark.errors import NotFiniteError
 from shiftproof.strategies.augmentation import augment
+from shiftproof.strategies.optimizers import clip_and_step, learning_rate, make_optimizer
 from shiftproof.strategies.replay import Memory
 from shiftproof.strategies.state import decode, encode, objects
 
@@ -177,9 +178,7 @@ class TrainingStrategy(ABC, Generic[C]):
         for parameter in self._updated:  # zero_grad without its bookkeeping
             parameter.grad = None
         loss.backward()
-        if self.recipe.clip_norm:
-            nn.utils.clip_grad_norm_(self._updated, self.recipe.clip_norm, foreach=_foreach(self._updated))
-        optimizer.step()
+        clip_and_step(optimizer, self.recipe.clip_norm)
         self._loss_sum += loss.detach()
         self.context.cost.optimizer_steps += 1
         self.context.cost.samples_seen += len(index)
@@ -232,31 +231,3 @@ def joined(first: Batch, second: Batch) -> Batch:
     return Batch(
         *(torch.cat([getattr(first, name), getattr(second, name)]) for name in ("x", "y", "index", "task")),
     )
-
-
-def make_optimizer(recipe: Recipe, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-    """The recipe's optimizer."""
-    foreach = _foreach(parameters)
-    if recipe.optimizer == "sgd":
-        return torch.optim.SGD(parameters, recipe.lr, recipe.momentum, weight_decay=recipe.weight_decay, foreach=foreach)
-    kind = torch.optim.Adam if recipe.optimizer == "adam" else torch.optim.AdamW
-    return kind(parameters, recipe.lr, weight_decay=recipe.weight_decay, foreach=foreach)
-
-
-def _foreach(parameters: list[nn.Parameter]) -> bool | None:
-    """One call for all tensors instead of one each, with the same results; PyTorch does so by itself on GPUs only."""
-    return True if all(parameter.device.type == "cpu" for parameter in parameters) else None
-
-
-def learning_rate(recipe: Recipe, done: int, total: int) -> float:
-    """The learning rate of step `done` of `total`: linear warm-up, then constant or half a cosine (Loshchilov & Hutter, 2017).
-
-    >>> learning_rate(Recipe(lr=0.1, schedule="cosine"), 50, 100)
-    0.05
-    """
-    if done < recipe.warmup_steps:
-        return recipe.lr * (done + 1) / recipe.warmup_steps
-    if recipe.schedule == "constant":
-        return recipe.lr
-    progress = (done - recipe.warmup_steps) / max(1, total - recipe.warmup_steps)
-    return recipe.lr * (1 + math.cos(math.pi * progress)) / 2

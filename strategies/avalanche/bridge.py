@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from shiftproof.benchmark import DataExperience, InputError, Model, RunContext
 from shiftproof.benchmark.errors import NotFiniteError
 from shiftproof.strategies.avalanche.data import to_experience
-from shiftproof.strategies.training import learning_rate, make_optimizer
+from shiftproof.strategies.optimizers import learning_rate, make_optimizer
 
 if TYPE_CHECKING:
     from avalanche.training.templates import SupervisedTemplate

@@ -37,7 +37,7 @@ from shiftproof.datasets.digits import BiasedDigitsConfig, DigitsConfig, biased_
 from shiftproof.strategies.avalanche import to_avalanche
 from shiftproof.strategies.baselines.fine_tuning import FineTuning, FineTuningConfig
 from shiftproof.strategies.baselines.rehearsal import ExperienceReplay, ReplayConfig
-from shiftproof.strategies.training import learning_rate
+from shiftproof.strategies.optimizers import learning_rate
 
 PAIRS = 5
 EPOCHS = 12  # of the recipe's; a step costs the same in each

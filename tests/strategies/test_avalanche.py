@@ -61,7 +61,7 @@ from shiftproof.strategies.avalanche import (
 )
 from shiftproof.strategies.baselines.fine_tuning import FineTuning, FineTuningConfig
 from shiftproof.strategies.baselines.rehearsal import ExperienceReplay, ReplayConfig
-from shiftproof.strategies.training import learning_rate
+from shiftproof.strategies.optimizers import learning_rate
 
 SPECS: Mapping[str, StrategySpec[Any]] = {spec.name: spec for spec in shiftproof_strategies()}
 ALL = pytest.mark.parametrize("name", SPECS)

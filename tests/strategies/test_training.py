@@ -22,7 +22,6 @@ from shiftproof.benchmark.contracts import Resumable, State
 from shiftproof.benchmark.errors import NotFiniteError
 from shiftproof.benchmark.registry.lookup import Registry
 from shiftproof.strategies import Heads, ReservoirBuffer, TrainingStrategy, augment
-from shiftproof.strategies.training import learning_rate, make_optimizer
 
 RECIPE = Recipe(epochs=3, batch_size=16, lr=0.05, schedule="cosine")
 
@@ -120,47 +119,6 @@ def test_training_equals_a_bare_pytorch_loop_on_the_same_batches_bit_for_bit(rec
         for ours, theirs in zip(strategy.net.state_dict().values(), net.state_dict().values(), strict=True)
     )
     assert logs["loss"] == pytest.approx(loss, rel=1e-6)
-
-
-def rates(scheduler: Callable[[torch.optim.Optimizer], torch.optim.lr_scheduler.LRScheduler], steps: int) -> list[float]:
-    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.3)
-    schedule, seen = scheduler(optimizer), []
-    for _ in range(steps):
-        seen.append(optimizer.param_groups[0]["lr"])
-        optimizer.step()
-        schedule.step()
-    return seen
-
-
-def test_the_cosine_is_that_of_pytorch() -> None:
-    recipe = Recipe(lr=0.3, schedule="cosine")
-    wanted = rates(lambda optimizer: torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=40), 40)
-    assert [learning_rate(recipe, done, 40) for done in range(40)] == pytest.approx(wanted, abs=1e-12)
-
-
-def test_a_warm_up_is_linear_to_the_full_rate_and_the_cosine_spans_the_rest() -> None:
-    recipe = Recipe(lr=0.3, schedule="cosine", warmup_steps=8)
-
-    def both(optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
-        warm = torch.optim.lr_scheduler.LinearLR(optimizer, start_factor=1 / 8, total_iters=7)
-        rest = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=32)
-        return torch.optim.lr_scheduler.SequentialLR(optimizer, [warm, rest], milestones=[8])
-
-    assert [learning_rate(recipe, done, 40) for done in range(40)] == pytest.approx(rates(both, 40), abs=1e-12)
-
-
-def test_a_constant_rate_is_constant_after_the_warm_up() -> None:
-    recipe = Recipe(lr=0.3, schedule="constant", warmup_steps=3)
-    assert [learning_rate(recipe, done, 10) for done in range(6)] == pytest.approx([0.1, 0.2, 0.3, 0.3, 0.3, 0.3])
-
-
-@pytest.mark.parametrize("kind", ["sgd", "adam", "adamw"])
-def test_the_optimizer_is_the_recipes(kind: Literal["sgd", "adam", "adamw"]) -> None:
-    recipe = Recipe(optimizer=kind, lr=0.2, momentum=0.7, weight_decay=0.3)
-    ours = make_optimizer(recipe, [nn.Parameter(torch.zeros(1))])
-    theirs = OPTIMIZERS[kind]([nn.Parameter(torch.zeros(1))], recipe)
-    assert type(ours) is type(theirs)
-    assert ours.defaults == {**theirs.defaults, "foreach": True}  # the same results, faster
 
 
 def test_bfloat16_is_autocast_and_leaves_weights_in_float32(data: DataExperience) -> None:
