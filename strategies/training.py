@@ -64,7 +64,7 @@ class TrainingStrategy(ABC, Generic[C]):
         """Called before each epoch."""
 
     def after_step(self, batch: Batch) -> None:
-        """Called after each optimizer step."""
+        """Called after each optimizer step. Whether `grad` was clipped in place is up to the optimizer."""
 
     def after_experience(self, experience: DataExperience) -> None:
         """Called once, after the last epoch."""
