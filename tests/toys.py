@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import sys
@@ -210,6 +211,14 @@ class Quitter(Plain):
         sys.exit("I quit")
 
 
+class Canceller(Plain):
+    """Raises what is no `Exception`."""
+
+    def learn(self, experience: DataExperience) -> Mapping[str, float]:
+        """Be cancelled."""
+        raise asyncio.CancelledError("too late")
+
+
 class Peeker(Toy):
     """Reads group labels without saying so."""
 
@@ -341,6 +350,7 @@ def shiftproof_strategies() -> list[StrategySpec[Any]]:
         "no-logs": NoLogs,
         "crash": Crash,
         "quitter": Quitter,
+        "canceller": Canceller,
         "peeker": Peeker,
         "scribbler": Scribbler,
         "late-scribbler": LateScribbler,

@@ -112,7 +112,9 @@ def _guarded(entry: Entry, get: Callable[[], object]) -> Loaded:
         manager.add_hookspecs(hookspecs)
         manager.register(plugin)
         specs = {kind: _contributions(kind, manager) for kind in KINDS}
-    except (Exception, SystemExit) as error:  # a stranger's code may raise anything, also at import
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # a stranger's code may raise anything, also at import
         raise PluginError(entry, one_line(error)) from error
     return Loaded(entry, hooks, specs, manager.hook)
 

@@ -165,7 +165,9 @@ class Observers:
                 continue
             try:
                 getattr(loaded.calls, hook)(**facts)
-            except (Exception, SystemExit) as error:  # a stranger's code that only looks on: the run goes on without it
+            except KeyboardInterrupt:
+                raise
+            except BaseException as error:  # a stranger's code that only looks on: the run goes on without it
                 if (position, hook) not in self._failed:
                     self._failed.add((position, hook))
                     _LOG.warning("%s failed in %s, the run goes on: %s", loaded.entry, hook, one_line(error))

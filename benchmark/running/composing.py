@@ -115,7 +115,9 @@ def _value(spec: MetricSpec, scores: CellScores) -> float | None:
         if value is not None and not math.isfinite(value):
             raise NotFiniteError(f"expected a finite number or None, got {value}")
         return value if value is None else float(value)
-    except (Exception, SystemExit) as error:  # a stranger's code: the counts are what matters, a metric does not cost the run
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # a stranger's code: the counts are what matters, a metric does not cost the run
         _LOG.warning("metric %s failed, its value is left open: %s", spec.name, error)
         return None
 

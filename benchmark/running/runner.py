@@ -225,9 +225,9 @@ def run_cell(
     try:
         with own_process(), run.context.global_rng("global"):
             results = run.results()
-    except OutputError:
-        raise  # the disk is full or read-only: not the strategy's fault, and the user can mend it
-    except (Exception, SystemExit) as failure:  # a stranger's code: whatever it raises becomes the record's reason
+    except (OutputError, KeyboardInterrupt):
+        raise  # the disk is full or read-only, or somebody wants to stop: not the strategy's fault
+    except BaseException as failure:  # a stranger's code: whatever it raises becomes the record's reason
         error = describe_failure(failure, run.where, module)
     record = compose(run, provenance.block(attempts, run.progress.resumed_from), results, error)
     store.write(record)

@@ -99,7 +99,10 @@ def test_a_plugin_that_fails_to_import_does_not_disturb_the_others(site: Any) ->
     assert problem.error == "ModuleNotFoundError: No module named 'a_module_that_is_not_there' (toy_broken.py, line 2)"
 
 
-@pytest.mark.parametrize("source", ["raise SystemExit(3)", "this is no python", "1 / 0", "raise Exception('two\\n lines')"])
+@pytest.mark.parametrize(
+    "source",
+    ["raise SystemExit(3)", "raise BaseException('odd')", "this is no python", "1 / 0", "raise Exception('two\\n lines')"],
+)
 def test_whatever_an_import_raises_ends_in_one_line(site: Any, source: str) -> None:
     site.install("broken", source)
     (problem,) = load_registry(["broken"]).problems

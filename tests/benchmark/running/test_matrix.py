@@ -177,9 +177,9 @@ def test_what_another_process_has_tried_since_the_plan_is_not_tried_again(
 
 
 def test_a_failing_strategy_does_not_stop_the_suite(plan_of: PlanOf, carry_out: CarryOut) -> None:
-    outcome = carry_out(plan_of("nan-loss,peeker,quitter,toy"))
+    outcome = carry_out(plan_of("nan-loss,peeker,quitter,canceller,toy"))
     assert outcome.finished == 1
-    assert [record.label for record in outcome.failed] == ["nan-loss", "peeker", "quitter"]
+    assert [record.label for record in outcome.failed] == ["nan-loss", "peeker", "quitter", "canceller"]
     assert outcome.contract_violated
     assert not carry_out(plan_of("nan-loss")).contract_violated
 

@@ -131,6 +131,7 @@ FAILURES = {
     "no-logs": ("ContractError", "expected learn() to return numbers by name, got None", "experience 'task-0'"),
     "crash": ("FileNotFoundError", "[Errno 2] No such file or directory: 'weights.pt'", "experience 'task-0', toys.py:"),
     "quitter": ("SystemExit", "I quit", "experience 'task-0', toys.py:"),
+    "canceller": ("CancelledError", "too late", "experience 'task-0', toys.py:"),
     "peeker": ("ContractError", "the strategy reads group labels without declaring it: set uses_group_labels=True", "toys.py:"),
     "scribbler": ("ContractError", "the strategy alters the training data in place", "experience 'task-0'"),
 }
