@@ -88,9 +88,9 @@ def shiftproof_suites() -> list[SuiteSpec]:
         ),
         SuiteSpec(
             "domains",
-            "every merge and every strategy that trains without groups but Avalanche's, each domain held out, three seeds",
+            "every merge and every strategy that trains without groups, Avalanche's too, each domain held out, three seeds",
             ("digits-domains",),
-            (*REFERENCES, *MERGES, *LEARNERS),
+            (*REFERENCES, *MERGES, *LEARNERS, *AVALANCHE),
         ),
         SuiteSpec(
             "releases",

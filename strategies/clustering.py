@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial, reduce
@@ -23,6 +24,7 @@ Array = NDArray[Any]
 
 _CHUNK = 8192  # rows whose differences to a centre are held at a time
 _SAME = 1e-12  # squared distance, relative to the longest row, below which two rows count as one
+_STILL = 1e-6  # largest difference of an entry, below which a centre of unit length has not moved
 
 
 @dataclass(frozen=True, eq=False)
@@ -237,14 +239,19 @@ def _generators(seed: int, count: int) -> Iterator[np.random.Generator]:
 def _run(rows: Array, k: int, rng: np.random.Generator, solve: Any, iterations: int, distance: Distance) -> Clustering:
     centres = solve(rows, _plus_plus(rows, k, rng), iterations, distance)
     if distance == "cosine":
-        lengths = np.linalg.norm(centres, axis=1, keepdims=True)
-        centres = centres / np.maximum(lengths, np.finfo(np.float32).tiny)
+        centres = _unit(centres)
     # |x - c|^2 without |x|^2, which is the same for every centre
     nearest = (np.square(centres).sum(1) - 2 * rows @ centres.T).argmin(1)
     used, assignment = np.unique(nearest, return_inverse=True)
     inertia = sum(_squared_distance(rows[assignment == new], centres[old]).sum() for new, old in enumerate(used))
     kept = np.ascontiguousarray(centres[used], dtype=np.float32)
     return Clustering(torch.from_numpy(assignment.astype(np.int64)), torch.from_numpy(kept), float(inertia))
+
+
+def _unit(centres: Array) -> Array:
+    lengths = np.linalg.norm(centres, axis=1, keepdims=True)
+    found: Array = centres / np.maximum(lengths, np.finfo(np.float32).tiny)
+    return found
 
 
 def _plus_plus(rows: Array, k: int, rng: np.random.Generator) -> Array:
@@ -294,7 +301,18 @@ def _faiss(faiss: Any, rows: Array, seeds: Array, iterations: int, distance: Dis
 
 
 def _sklearn(cluster: Any, rows: Array, seeds: Array, iterations: int, distance: Distance) -> Array:
-    # On unit rows Euclidean k-means differs from spherical only in the length of its centres, which the caller undoes.
-    # With the seeds given nothing is drawn; the fixed state keeps numpy's global one out of it in other versions, too.
-    solver = cluster.KMeans(len(seeds), init=seeds, n_init=1, max_iter=iterations, tol=0.0, random_state=0)
-    return np.asarray(solver.fit(rows).cluster_centers_)
+    def lloyd(centres: Array, steps: int) -> Array:
+        # With the seeds given nothing is drawn; the fixed state keeps numpy's global one out of it in other versions, too.
+        solver = cluster.KMeans(len(centres), init=centres, n_init=1, max_iter=steps, tol=0.0, random_state=0)
+        return np.asarray(solver.fit(rows).cluster_centers_)
+
+    if distance == "euclidean":
+        return lloyd(seeds, iterations)
+    centres = seeds
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # after one step a cluster may lie empty that the next one fills
+        for _ in range(iterations):  # scikit-learn has no spherical k-means: after each step centres are cut to unit length
+            before, centres = centres, _unit(lloyd(centres, 1))
+            if np.abs(centres - before).max() <= _STILL:
+                break
+    return centres

@@ -27,5 +27,5 @@ def test_digits_has_every_strategy_of_ours_that_trains() -> None:
     assert set(REGISTRY.suites["digits"].strategies) == ours
 
 
-def test_domains_has_every_merge_and_every_strategy_of_ours_that_needs_no_groups() -> None:
-    assert named("domains") == consuming(ExpertExperience) | (named("digits") - consuming(GroupedExperience))
+def test_domains_has_every_merge_and_every_strategy_that_trains_without_groups() -> None:
+    assert named("domains") == consuming(ExpertExperience, DataExperience, JointExperience)
