@@ -86,7 +86,7 @@ class BpaReplay(Bpa):
         self.buffer = ReservoirBuffer(config.buffer_size)
 
     def loss(self, batch: Batch) -> Tensor:
-        """Mean over stream (weighted) and memory."""
+        """Mean over stream (weighted) and memory, in one; the papers do not say how the two are put together."""
         if not len(self.buffer):
             return super().loss(batch)
         memory = self.buffer.sample(self.recipe.batch_size, self.generator("replay"))

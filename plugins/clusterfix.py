@@ -83,7 +83,7 @@ class ClusterFixReplay(ClusterFix):
         self.buffer = ReservoirBuffer(config.buffer_size)
 
     def loss(self, batch: Batch) -> Tensor:
-        """Mean over stream (Eq. 4.9) and memory."""
+        """Mean over stream (Eq. 4.9) and memory, in one; the thesis does not say how the two are put together (5.4.2)."""
         if not len(self.buffer):
             return super().loss(batch)
         memory = self.buffer.sample(self.recipe.batch_size, self.generator("replay"))

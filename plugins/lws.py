@@ -112,7 +112,11 @@ class Lws(TrainingStrategy[LwsConfig]):
         return loss
 
     def after_step(self, batch: Batch) -> None:
-        """The released code inserts at every step, with losses of 0 until they are taken."""
+        """The released code inserts at every step, with losses of 0 until they are taken.
+
+        Which pass the stored cluster logits come from is not known; here it is one of their own, after the step and in
+        evaluation mode.
+        """
         if self.config.mode == "running" and self.epoch >= self.config.insert_from:
             losses = self.recorded[batch.index.cpu()]
             with torch.no_grad(), evaluating(self.net):
