@@ -23,7 +23,7 @@ class ScoreConfig(SpectralConfig):
     """
 
     tau: Annotated[float, Ge(0)] = 1.96  # of Eq. 4
-    sigma_divisor: Annotated[float, Gt(0)] | Literal["domains"] = 1.0  # of sigma_off; domains: those that change it (released)
+    sigma_divisor: Annotated[float, Gt(0)] | Literal["domains"] = 1.0  # of sigma_off; domains: by their number (released)
     trim: bool = True  # False: off-diagonal entries stay as they are
     keep_diagonal: bool = True  # Table 3
     keep_off_diagonal: bool = True  # Table 3

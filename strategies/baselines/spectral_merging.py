@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from typing import Annotated, Any, Literal
 
 import torch
@@ -94,7 +95,7 @@ def iso_c(deltas: Sequence[Tensor], route: Route = "gram") -> Tensor:
     Returns:
         (m, n). The mean is over all min(m, n) singular values; on the Gram route directions that do not count stay zero.
     """
-    total = torch.stack(list(deltas)).sum(dim=0)
+    total = _sum(deltas)
     if route == "textbook":
         u, s, v = textbook_triplets(total, min(total.shape))
         return (u * s.mean()) @ v.T
@@ -119,7 +120,7 @@ def iso_cts(deltas: Sequence[Tensor], common: float = 0.8, route: Route = "gram"
         return torch.zeros_like(deltas[0])
     rank = min(deltas[0].shape)
     own = specific_rank(rank, len(active), common)
-    total = torch.stack(list(deltas)).sum(dim=0)
+    total = _sum(deltas)
     factors: list[Triplets] = []
     if count := rank - own * len(active):
         factors.append(triplets(total, count))
@@ -129,6 +130,11 @@ def iso_cts(deltas: Sequence[Tensor], common: float = 0.8, route: Route = "gram"
         factors = [*(triplets(delta, own) for delta in beside), *factors]
     basis = padded_basis(factors) if is_textbook else joined_basis(factors)
     return basis.left @ basis.right.T * (basis.s.sum() / basis.rank)
+
+
+def _sum(deltas: Sequence[Tensor]) -> Tensor:
+    """(m, n) one after the other, as one would write it: where the sum lacks rank, its rounding turns the null space."""
+    return reduce(torch.add, deltas)
 
 
 def _beside(delta: Tensor, u: Tensor, is_textbook: bool) -> Tensor:

@@ -93,6 +93,19 @@ def test_iso_c_flattens_the_spectrum_of_the_sum(
     assert np.linalg.svd(found.double().numpy(), compute_uv=False) == pytest.approx(s.mean(), rel=10 * tolerance)
 
 
+@pytest.mark.parametrize("shape", [(41, 60), (41, 61), (60, 41)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_released_iso_c_adds_one_expert_after_the_other(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    """Five experts of rank four: the null space of the sum, which the flat spectrum lifts, depends on the last bit."""
+    generator = torch.Generator().manual_seed(1)
+    factors = [
+        [torch.randn(size, generator=generator, dtype=dtype) for size in ((shape[0], 4), (4, shape[1]))] for _ in range(5)
+    ]
+    given = [left @ right for left, right in factors]
+    u, s, vh = torch.linalg.svd(sum(given[1:], given[0]), full_matrices=False)
+    assert relative(iso_c(given, "textbook"), u @ torch.diag(s.mean().expand(len(s))) @ vh) < 1e-5
+
+
 def test_iso_c_leaves_out_what_no_expert_changed() -> None:
     narrow = torch.cat([deltas(10, 4, 1)[0], torch.zeros(10, 3, dtype=torch.float64)], dim=1)
     s = np.linalg.svd(narrow.numpy(), compute_uv=False)
