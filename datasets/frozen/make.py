@@ -8,10 +8,11 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
+from io import BytesIO
 from pathlib import Path
-from typing import Any
+from zipfile import ZipFile, ZipInfo
 
-import numpy as np
+from numpy.lib.format import write_array
 
 from shiftproof.datasets.splits import FILE, MANIFEST, draw
 
@@ -19,13 +20,18 @@ from shiftproof.datasets.splits import FILE, MANIFEST, draw
 def freeze(folder: Path) -> None:
     """Write `digits.npz` and its manifest `digits.json` into `folder`."""
     split = draw(0)
-    # Not compressed: what zlib makes of the same bytes differs between its versions, and nearly all of it is noise.
-    arrays: dict[str, Any] = {name: array.astype(array.dtype.newbyteorder("<")) for name, array in split.arrays().items()}
-    np.savez(folder / FILE, **arrays)
-    content = (folder / FILE).read_bytes()
+    # Member by member: the headers that `numpy.savez` writes differ between patch versions of Python. Not compressed: what zlib
+    # makes of the same bytes differs between its versions, and nearly all of it is noise.
+    with ZipFile(folder / FILE, "w") as archive:
+        for name, array in split.arrays().items():
+            content = BytesIO()
+            write_array(content, array.astype(array.dtype.newbyteorder("<")), (1, 0), allow_pickle=False)
+            member = ZipInfo(f"{name}.npy")  # dated 1980
+            member.create_system = 3  # as on Unix, wherever it runs
+            archive.writestr(member, content.getvalue())
     manifest = {
         "file": FILE,
-        "sha256": hashlib.sha256(content).hexdigest(),
+        "sha256": hashlib.sha256((folder / FILE).read_bytes()).hexdigest(),
         "arrays_sha256": split.sha256(),
         "made_by": "python -m shiftproof.datasets.frozen.make",
     }
