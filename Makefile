@@ -21,6 +21,8 @@ digits: $(VENV)/.installed
 	$(BIN)/shiftproof run digits --jobs $(PROCESSES) --out runs/digits
 
 $(VENV)/.installed: setup.cfg pyproject.toml
+	@$(PYTHON) -c 'import sys; v = sys.version.split()[0]; sys.exit(0 if sys.version_info >= (3, 11) else \
+		"expected Python 3.11 or newer, got " + v + "; name another: make PYTHON=python3.12 $(MAKECMDGOALS)")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet torch torchvision

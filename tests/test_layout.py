@@ -164,3 +164,17 @@ def test_an_editable_install_ships_the_frozen_files_and_the_schema() -> None:
 
     assert files("shiftproof.datasets.frozen").joinpath("digits.npz").is_file()
     assert files("shiftproof.leaderboards").joinpath("schema.json").is_file()
+
+
+def test_make_refuses_a_python_that_is_too_old_before_it_installs(tmp_path: Path) -> None:
+    old = tmp_path / "python3"
+    old.write_text(
+        f"#!{sys.executable}\nimport sys\nsys.version_info, sys.version = (3, 10, 4), '3.10.4 (main)'\nexec(sys.argv[2])\n"
+    )
+    old.chmod(0o755)
+    for name in ("Makefile", "setup.cfg", "pyproject.toml"):
+        shutil.copy(ROOT / name, tmp_path)
+    done = subprocess.run(["make", "quick", f"PYTHON={old}"], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "expected Python 3.11 or newer, got 3.10.4; name another: make PYTHON=python3.12 quick" in done.stderr
+    assert not (tmp_path / ".venv").exists()
