@@ -70,14 +70,28 @@ class Model(nn.Module):
         widths = [head.out_features for head in heads]
         if min(widths) < max(widths):
             every = torch.cat([_padded(part, max(widths)) for part in every.split(widths, dim=1)], dim=1)
-        has_gaps = present[-1] >= len(present)  # ids count from 0
-        position = torch.searchsorted(torch.tensor(present, device=task.device), task) if has_gaps else task
-        columns = torch.arange(every.shape[1], device=task.device).view(len(heads), -1).index_select(0, position)
-        return every.gather(1, columns)  # backwards quicker than indexing
+        return by_task(every, task, present)
 
     def forward(self, x: Tensor, task: int | Tensor) -> Tensor:
         """(B, C) logits of (B, ...) inputs; `task` is one task id or (B,) int64."""
         return self.classify(self.features(x), task)
+
+
+def by_task(every: Tensor, task: Tensor, present: list[int]) -> Tensor:
+    """Of each sample's logits those of its own task.
+
+    Args:
+        every: (B, H * C) by H heads of C classes each, side by side.
+        task: (B,) int64.
+        present: The H tasks in `task`, in ascending order.
+
+    Returns:
+        (B, C).
+    """
+    has_gaps = present[-1] >= len(present)  # ids count from 0
+    position = torch.searchsorted(torch.tensor(present, device=task.device), task) if has_gaps else task
+    columns = torch.arange(every.shape[1], device=task.device).view(len(present), -1).index_select(0, position)
+    return every.gather(1, columns)  # backwards quicker than indexing
 
 
 def _padded(logits: Tensor, width: int) -> Tensor:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
         overcluster_per_class as overcluster_per_class,
     )
     from shiftproof.strategies.features import extract_features as extract_features
+    from shiftproof.strategies.fused_heads import fuses_heads as fuses_heads
     from shiftproof.strategies.group_weights import (
         GroupWeights as GroupWeights,
         RelativeDifficulty as RelativeDifficulty,
@@ -39,6 +40,7 @@ _HOME = {
     "kmeans": "clustering",
     "overcluster_per_class": "clustering",
     "extract_features": "features",
+    "fuses_heads": "fused_heads",
     "GroupWeights": "group_weights",
     "RelativeDifficulty": "group_weights",
     "amplified_cross_entropy": "group_weights",
@@ -66,6 +68,7 @@ __all__ = [
     "augment",
     "cluster_per_class",
     "extract_features",
+    "fuses_heads",
     "joined",
     "kmeans",
     "overcluster_per_class",

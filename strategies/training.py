@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from shiftproof.benchmark import Batch, DataExperience, Model, Recipe, RunContext, as_float
 from shiftproof.benchmark.errors import NotFiniteError
 from shiftproof.strategies.augmentation import augment
-from shiftproof.strategies.optimizers import clip_and_step, learning_rate, make_optimizer
+from shiftproof.strategies.fused_heads import FusedHeads, may_fuse
+from shiftproof.strategies.optimizers import FlatSGD, clip_and_step, learning_rate, make_optimizer
 from shiftproof.strategies.replay import Memory
 from shiftproof.strategies.state import decode, encode, objects
 
@@ -21,7 +22,9 @@ C = TypeVar("C")
 
 State = dict[str, Any]
 
-_TRANSIENT = frozenset({"config", "context", "experience", "_optimizer", "_updated", "_constructed"})
+_TRANSIENT = frozenset(
+    {"config", "context", "experience", "_optimizer", "_updated", "_constructed", "_may_fuse", "_is_fusing", "_fused"}
+)
 
 
 class TrainingStrategy(ABC, Generic[C]):
@@ -52,6 +55,9 @@ class TrainingStrategy(ABC, Generic[C]):
         self._optimizer: torch.optim.Optimizer | None = None
         self._updated: list[nn.Parameter] = []  # what the optimizer holds
         self._constructed: frozenset[str] | None = None
+        self._may_fuse = False
+        self._is_fusing = False  # True within a loss that may
+        self._fused: FusedHeads | None = None
 
     @abstractmethod
     def loss(self, batch: Batch) -> Tensor:
@@ -99,6 +105,9 @@ class TrainingStrategy(ABC, Generic[C]):
 
     def logits(self, batch: Batch) -> Tensor:
         """(B, C) logits, each sample's by the head of its own task."""
+        fused = self._fused_heads(batch.task) if self._is_fusing else None
+        if fused is not None:
+            return fused(self.features(batch.x), batch.task)
         return self.net(batch.x, batch.task)  # type: ignore[no-any-return]
 
     def generator(self, purpose: str) -> torch.Generator:
@@ -132,6 +141,9 @@ class TrainingStrategy(ABC, Generic[C]):
             for epoch in range(self.epoch, self.recipe.epochs):
                 self._learn_epoch(experience, epoch)
             self._learning = False
+            if self._fused is not None:
+                self._fused.separate()
+                self._fused = None
             self.after_experience(experience)
         batches = math.ceil(len(experience.train) / self.recipe.batch_size)
         return {"loss": float(self._loss_sum) / batches}
@@ -170,15 +182,19 @@ class TrainingStrategy(ABC, Generic[C]):
             batch = Batch(*(tensor.to(self.device) for tensor in (batch.x, batch.y, batch.index, batch.task)))
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(self.recipe, done, total)
+        self._is_fusing = self._may_fuse
         if self.recipe.precision == "bfloat16":
             with torch.autocast(self.device.type, dtype=torch.bfloat16):
                 loss = self.loss(batch)
         else:
             loss = self.loss(batch)
+        self._is_fusing = False
         for parameter in self._updated:  # zero_grad without its bookkeeping
             parameter.grad = None
+        if self._fused is not None:
+            self._fused.drop_gradients()
         loss.backward()
-        clip_and_step(optimizer, self.recipe.clip_norm)
+        clip_and_step(optimizer, self.recipe.clip_norm, self._fused)
         self._loss_sum += loss.detach()
         self.context.cost.optimizer_steps += 1
         self.context.cost.samples_seen += len(index)
@@ -218,7 +234,22 @@ class TrainingStrategy(ABC, Generic[C]):
     def _prepare_optimizer(self) -> torch.optim.Optimizer:
         self._updated = list(self.parameters())
         self._optimizer = make_optimizer(self.recipe, self._updated)
+        self._fused = None
+        self._may_fuse = may_fuse(type(self)) and type(self.net) is Model and isinstance(self._optimizer, FlatSGD)
         return self._optimizer
+
+    def _fused_heads(self, task: Tensor) -> FusedHeads | None:
+        """The heads of these tasks in one, None where a batch has but one task or their heads had better stay apart."""
+        tasks = sorted(set(task.tolist()))
+        if len(tasks) == 1:
+            return None
+        if self._fused is not None and self._fused.is_intact:
+            if tasks == self._fused.tasks:
+                return self._fused
+            if not set(tasks) > set(self._fused.tasks):
+                return None  # a head that no sample asks for must not move
+        self._fused = FusedHeads(self.net, tasks) if FusedHeads.suits(self.net, tasks) else None
+        return self._fused
 
     def _objects(self) -> Iterator[str]:
         for name, value in vars(self).items():

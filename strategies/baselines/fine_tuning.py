@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from shiftproof.benchmark import Batch, DataExperience, JointExperience, StrategySpec, hookimpl
-from shiftproof.strategies import TrainingStrategy
+from shiftproof.strategies import TrainingStrategy, fuses_heads
 
 
 @dataclass(frozen=True)
@@ -20,6 +20,7 @@ class FineTuningConfig:
 class FineTuning(TrainingStrategy[FineTuningConfig]):
     """Cross-entropy on whatever comes, nothing against forgetting or shortcuts."""
 
+    @fuses_heads
     def loss(self, batch: Batch) -> Tensor:
         """Mean cross-entropy."""
         return F.cross_entropy(self.logits(batch), batch.y)

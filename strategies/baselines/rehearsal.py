@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from shiftproof.benchmark import Batch, DataExperience, RunContext, StrategySpec, hookimpl
-from shiftproof.strategies import ReservoirBuffer, TrainingStrategy, joined
+from shiftproof.strategies import ReservoirBuffer, TrainingStrategy, fuses_heads, joined
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,7 @@ class ExperienceReplay(TrainingStrategy[Any]):
         self.buffer = ReservoirBuffer(config.buffer_size)
         self.replay_size = config.replay_size or context.recipe.batch_size
 
+    @fuses_heads
     def loss(self, batch: Batch) -> Tensor:
         """Mean cross-entropy over stream and memory."""
         if len(self.buffer):
