@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
@@ -90,8 +91,14 @@ def by_task(every: Tensor, task: Tensor, present: list[int]) -> Tensor:
     """
     has_gaps = present[-1] >= len(present)  # ids count from 0
     position = torch.searchsorted(torch.tensor(present, device=task.device), task) if has_gaps else task
-    columns = torch.arange(every.shape[1], device=task.device).view(len(present), -1).index_select(0, position)
+    columns = _columns(len(present), every.shape[1] // len(present), task.device).index_select(0, position)
     return every.gather(1, columns)  # backwards quicker than indexing
+
+
+@lru_cache(maxsize=64)
+def _columns(heads: int, classes: int, device: torch.device) -> Tensor:
+    """(H, C) int64, which columns are those of each head."""
+    return torch.arange(heads * classes, device=device).view(heads, classes)
 
 
 def _padded(logits: Tensor, width: int) -> Tensor:
